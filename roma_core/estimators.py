@@ -136,8 +136,8 @@ class _Estimator(BaseEstimator):
                 if not isinstance(self.pretrain, bool | None):
                     weights = _weights(Path(self.pretrain), root / "encoder")
                 defaults = self._defaults(dataset, weights)
-                has_encoder = weights is not None or defaults.pretraining is None
-                if self._kind == "autoencoder" or not has_encoder:
+                is_new = weights is None and "pretraining" in defaults.trainings
+                if is_new or self._kind == "autoencoder":
                     weights = self._trained(root, "pretrain", dataset, seed, weights, defaults)
                 if self._kind != "autoencoder":
                     weights = self._trained(root, "finetune", dataset, seed, weights, defaults)
@@ -179,23 +179,15 @@ class _Estimator(BaseEstimator):
         schema, split = dataset.schema, dataset.split("train")
         n_axes = sum(not axis.n_embedded for axis in schema.axes)
         asked = self.model or {}
-        has_windows = asked.get("window", 1) and not (
-            len(schema.axes) > 1
-            or asked.get("neighbours")
-            or asked.get("value_features")
-            or asked.get("pos_encoding") == "absolute"
-        )
+        excludes = asked.get("neighbours") or asked.get("value_features")
+        excludes = excludes or asked.get("pos_encoding") == "absolute" or len(schema.axes) > 1
+        has_windows = asked.get("window", 1) and not excludes
         if weights is not None:
             has_windows = stored_fields(read_config(weights))["window"]
         grid = grid_of_split(split) if has_windows else None
-        size = DatasetSize(
-            len(split),
-            int(split.lengths.sum()),
-            schema.n_values,
-            max(1, n_axes),
-            0.0 if grid is None else grid.fill,
-            1.0 if grid is None else observed_of_split(split),
-        )
+        on_grid = (0.0, 1.0) if grid is None else (grid.fill, observed_of_split(split))
+        amount = len(split), int(split.lengths.sum()), schema.n_values, max(1, n_axes)
+        size = DatasetSize(*amount, *on_grid)
         has_encoder = weights is not None or self._kind == "autoencoder" or self.pretrain is True
         pretrains = True if has_encoder else None if self.pretrain is None else False
         return default_settings(size, "series" if self._kind == "regressor" else None, pretrains)
@@ -217,8 +209,7 @@ class _Estimator(BaseEstimator):
         # the run is not resumed: no checkpoint is needed but that of the best weights
         fixed = {"random_seed": seed, "save_every": 10**9, "log_wandb": False}
         fixed["threads"] = min(MAX_THREADS, torch.get_num_threads())
-        stage = defaults.pretraining if task == "pretrain" else defaults.finetuning
-        assert stage is not None
+        stage = defaults.trainings["pretraining" if task == "pretrain" else "finetuning"]
         model, trainer = stage["model"], stage["trainer"] | fixed
         if self._kind == "autoencoder":
             model = {"predict_variance": True} | model

@@ -68,20 +68,17 @@ class PositionAxis(Frozen):
 
     @model_validator(mode="after")
     def _categories_fit_the_encoding(self) -> Self:
-        if self.encoding == "embedding" and not self.categories:
+        is_embedded = self.encoding == "embedding"
+        if is_embedded and not self.categories:
             raise ValueError(
                 f"axis {self.name!r} has encoding='embedding' but no categories; list them, or use 'rotary'"
             )
-        if self.encoding == "embedding" and (self.anchor, self.offset, self.scale) != (
-            "none",
-            0,
-            1,
-        ):
+        if is_embedded and (self.anchor, self.offset, self.scale) != ("none", 0, 1):
             raise ValueError(
                 f"axis {self.name!r} has encoding='embedding', whose positions are indices of categories; "
                 f"leave anchor, offset and scale out"
             )
-        if self.unknown and self.encoding != "embedding":
+        if self.unknown and not is_embedded:
             raise ValueError(
                 f"axis {self.name!r}: unknown categories need encoding='embedding', which learns a vector "
                 f"for them"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import pkgutil
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -188,66 +188,43 @@ class Experiment(Frozen):
         return values
 
     @model_validator(mode="after")
-    def _one_encoder(self) -> Self:
-        if self.pretrained_from is not None and self.pretraining != Stage():
-            raise ValueError(
-                f"pretrained_from: {self.pretrained_from}: the encoder comes from that experiment, so "
-                f"`pretraining` has no effect; remove one of the two"
-            )
-        if self.pretraining is None and self.task == "interpolation":
-            raise ValueError(
-                "pretraining: null: an interpolation registers the model that it pretrains; remove it"
-            )
-        if self.pretrained_from == self.name:
-            raise ValueError(f"pretrained_from: {self.name} is this experiment; remove it")
+    def _fits_together(self) -> Self:
+        if (found := next(self._contradictions(), None)) is not None:
+            raise ValueError(found)
         return self
 
-    @model_validator(mode="after")
-    def _fits_the_task(self) -> Self:
-        problem_type = self.finetuning.model.get("problem_type", self.task)
-        if self.task == "interpolation" and self.finetuning != Stage():
-            raise ValueError(
-                "finetuning: an interpolation registers the pretrained autoencoder and finetunes nothing; "
-                "remove it, or set another task"
-            )
-        if self.task == "interpolation" and self.start_from == "champion":
-            raise ValueError("start_from: an interpolation finetunes nothing; remove it")
-        if problem_type != self.task:
-            raise ValueError(
-                f"finetuning.model.problem_type: {problem_type} contradicts task: {self.task}; remove it, "
-                f"the task determines it"
-            )
-        if self.task != "classification" and self.primary_metric != "auto":
-            raise ValueError(
-                f"primary_metric: {self.primary_metric} is a metric of classes, and models of "
-                f"{self.task} are compared by r2; remove it"
-            )
-        of_classes = [
-            f"gate.{name}" for name in CLASS_THRESHOLDS if getattr(self.gate, name) is not None
-        ]
-        of_classes += ["baselines"] if self.baselines else []
-        if self.task != "classification" and of_classes:
-            raise ValueError(
-                f"{of_classes[0]}: is for classes, and the task is {self.task}; remove it"
-            )
-        if self.gate.min_baseline_gain is not None and not (
-            self.measure_baselines or self.task == "interpolation"
-        ):
-            raise ValueError(
-                "gate.min_baseline_gain: no baseline is measured with measure_baselines: false; remove one of "
-                "the two"
-            )
-        if self.task == "interpolation" and self.pretrained_from is not None:
-            raise ValueError(
-                "pretrained_from: an interpolation registers the model that it pretrains; remove it"
-            )
+    def _contradictions(self) -> Iterator[str]:
+        """A sentence for each setting that contradicts another one, or the task."""
+        shared, task, pretraining = self.pretrained_from, self.task, self.pretraining
+        if shared is not None and pretraining != Stage():
+            yield f"pretrained_from: {shared}: the encoder comes from that experiment, so `pretraining` has no effect; remove one of the two"
+        if shared == self.name:
+            yield f"pretrained_from: {shared} is this experiment; remove it"
+        if (found := self.finetuning.model.get("problem_type", task)) != task:
+            yield f"finetuning.model.problem_type: {found} contradicts task: {task}; remove it, the task determines it"
+        if task != "classification":
+            if self.primary_metric != "auto":
+                yield f"primary_metric: {self.primary_metric} is a metric of classes, and models of {task} are compared by r2; remove it"
+            given = [f"gate.{n}" for n in CLASS_THRESHOLDS if getattr(self.gate, n) is not None]
+            for name in [*given, *(["baselines"] if self.baselines else [])]:
+                yield f"{name}: is for classes, and the task is {task}; remove it"
+        if task != "interpolation":
+            if self.gate.min_baseline_gain is not None and not self.measure_baselines:
+                yield "gate.min_baseline_gain: no baseline is measured with measure_baselines: false; remove one of the two"
+            return
+        if self.finetuning != Stage():
+            yield "finetuning: an interpolation registers the pretrained autoencoder and finetunes nothing; remove it, or set another task"
+        if self.start_from == "champion":
+            yield "start_from: an interpolation finetunes nothing; remove it"
+        if shared or pretraining is None:
+            what = "pretrained_from" if shared else "pretraining: null"
+            yield f"{what}: an interpolation registers the model that it pretrains; remove it"
         for name, wrong in {"normalize_targets": True, "pos_encoding": "absolute"}.items():
-            if self.task == "interpolation" and self.shape.get(name) == wrong:
-                raise ValueError(
-                    f"pretraining.model.{name}: {wrong}: such a model cannot predict values at other "
-                    f"positions in the units of the data, which an interpolation serves; remove it"
+            if self.shape.get(name) == wrong:
+                why = (
+                    "such a model cannot predict values at other positions in the units of the data"
                 )
-        return self
+                yield f"pretraining.model.{name}: {wrong}: {why}, which an interpolation serves; remove it"
 
     @model_validator(mode="after")
     def _trainings_are_valid(self) -> Self:
@@ -421,9 +398,8 @@ def training_errors(
 ) -> list[str]:
     """One sentence for each wrong setting of the trainings, named by its path in the file."""
     found = []
-    trainings = {"finetuning": finetuning}
-    if pretraining is not None:
-        trainings = {"pretraining": pretraining, **trainings}
+    trainings = {} if pretraining is None else {"pretraining": pretraining}
+    trainings["finetuning"] = finetuning
     for where, stage in trainings.items():
         if "checkpoint_dir" in stage.trainer:
             found.append(
@@ -442,16 +418,15 @@ def training_errors(
     shape: dict[str, Any] = {"tubelet_size": [1, 1, 1], "n_channels": 2, "n_pos_dims": n_axes}
     shape |= {"grid_step": 1.0}
     if pretraining is None:
-        shape |= {"missing_values": True, "problem_type": task}
-        model = {**finetuning.model, **shape}
+        model = {**finetuning.model, **shape, "missing_values": True, "problem_type": task}
         return found + _errors(RoMAForClassificationConfig, model, "finetuning.model")
     shape["missing_values"] = not pretraining.model.get("normalize_targets")
     encoder = {**pretraining.model, **shape}
     wrong = _errors(RoMAForPreTrainingConfig, encoder, "pretraining.model")
     stack = finetuning.model.get("encoder_config", {})
     if not isinstance(stack, Mapping):
-        wrong.append(f"finetuning.model.encoder_config: expected a mapping, got {stack!r}")
-        return found + wrong
+        text = f"finetuning.model.encoder_config: expected a mapping, got {stack!r}"
+        return [*found, *wrong, text]
     known = type(RoMAForPreTrainingConfig.model_fields["encoder_config"].default).model_fields
     fixed = [name for name in finetuning.model if name in SHAPE]
     fixed += [f"encoder_config.{name}" for name in stack if name in known and name not in DROPOUTS]

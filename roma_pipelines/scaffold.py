@@ -29,7 +29,6 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import (
     DatasetSize,
     DefaultSettings,
-    Stage,
     cost_s,
     default_settings,
     primary_metric,
@@ -286,7 +285,7 @@ def _text(
     sizes = proposal.sizes
     reasons = dict(sizes.reasons)
     of_finetuning, of_pretraining = [reasons.pop("finetuning")], [reasons.pop("pretraining")]
-    of_first = of_finetuning if sizes.pretraining is None else of_pretraining
+    of_first = of_pretraining if "pretraining" in sizes.trainings else of_finetuning
     of_first[:0] = reasons.values()  # it has the fields of input and encoder
     resources = {"target": target, "nodes": 1, "processes_per_node": 1}
     of_task = [f"of the gate, the best checkpoint and reports: {proposal.metric}"]
@@ -296,8 +295,8 @@ def _text(
         *([_block({"task": proposal.task}, of_task)] if is_regression else []),
         _block({"owners": []}, ["e-mail addresses or team:NAME"]),
         _block({"dataset": dict(dataset)}, [*inferred.notes, *proposal.reasons]),
-        _block({"pretraining": sizes.pretraining}, of_pretraining),
-        _block({"finetuning": sizes.finetuning}, of_finetuning),
+        _block({"pretraining": sizes.trainings.get("pretraining")}, of_pretraining),
+        _block({"finetuning": sizes.trainings["finetuning"]}, of_finetuning),
         _block(
             {"resources": resources},
             [
@@ -348,13 +347,10 @@ def _cost(proposal: Proposal) -> str:
     data = {"n_channels": sizes.size.n_channels, "n_pos_dims": sizes.size.n_axes, "grid_step": 1.0}
     fields = {n: x for n, x in sizes.shape.items() if n in RoMAForPreTrainingConfig.model_fields}
     shape = RoMAForPreTrainingConfig.from_values({**fields, "tubelet_size": (1, 1, 1), **data})
-    seconds = 0.0
-    trainings: dict[Stage, dict[str, Any] | None]
-    trainings = {"pretraining": sizes.pretraining, "finetuning": sizes.finetuning}
-    for name, training in trainings.items():
-        if training is not None:
-            trainer = TrainerConfig.from_values(training["trainer"])
-            seconds += cost_s(name, shape, trainer, sizes.size)
+    seconds = sum(
+        cost_s(stage, shape, TrainerConfig.from_values(training["trainer"]), sizes.size)
+        for stage, training in sizes.trainings.items()
+    )
     steps, minutes = sum(sizes.steps.values()), max(1, round(seconds / 60))
-    both = "The training" if sizes.pretraining is None else "Both trainings"
+    both = "Both trainings" if "pretraining" in sizes.trainings else "The training"
     return f"{both}: about {steps:,} steps, {minutes:,} min on one CPU core"

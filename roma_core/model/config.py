@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -154,60 +155,52 @@ class RoMAConfig(RomaSettings):
         return int(self.use_cls) + len(self.covariates)
 
     @model_validator(mode="after")
-    def _stack_fits_positions(self) -> Self:
-        if min(self.tubelet_size) < 1:
-            raise ValueError(f"tubelet_size={self.tubelet_size}: every side must be at least 1")
+    def _fits_together(self) -> Self:
+        if (found := next(self._contradictions(), None)) is not None:
+            raise ValueError(found)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """A sentence for each field that contradicts another one."""
+        size, window = self.tubelet_size, self.window
+        if min(size) < 1:
+            yield f"tubelet_size={size}: every side must be at least 1"
         if len(self.axis_categories) not in (0, self.n_pos_dims):
-            raise ValueError(
-                f"axis_categories={self.axis_categories} describes {len(self.axis_categories)} axes, but "
-                f"n_pos_dims={self.n_pos_dims}"
-            )
+            axes = f"describes {len(self.axis_categories)} axes, but n_pos_dims={self.n_pos_dims}"
+            yield f"axis_categories={self.axis_categories} {axes}"
         if not self.rotary_axes:
-            raise ValueError("all axes have categories; at least one, such as time, must be rotary")
-        self._check_window()
-        if self.pos_encoding == "absolute" and (any(self.axis_categories) or self.covariates):
-            raise ValueError(
-                "pos_encoding='absolute' reproduces published models, which have no categories or "
-                "covariates; use 'ropend'"
+            yield "all axes have categories; at least one, such as time, must be rotary"
+        if window and (self.n_pos_dims > 1 or self.axis_categories or tuple(size) != (1, 1, 1)):
+            yield (
+                f"window={window} needs observations on one axis, with tubelet_size=(1, 1, 1); these have "
+                f"{self.n_pos_dims} axes and tubelet_size={size}: use window=0"
             )
+        if window and self.grid_step is None:
+            yield f"window={window} needs grid_step, the distance of two steps in the model's positions"
+        is_absolute = self.pos_encoding == "absolute"
+        if window and (self.neighbours or self.value_features or is_absolute):
+            yield "window has convolutions in place of neighbours and value_features, which must be 0, and needs pos_encoding='ropend'"
+        if is_absolute and (any(self.axis_categories) or self.covariates):
+            yield "pos_encoding='absolute' reproduces published models, which have no categories or covariates; use 'ropend'"
         if len(self.position_axes) not in (0, self.n_pos_dims):
-            raise ValueError(
+            yield (
                 f"position_axes describes {len(self.position_axes)} axes "
                 f"({', '.join(axis.name for axis in self.position_axes)}), but n_pos_dims={self.n_pos_dims}"
             )
-        for name in ("encoder_config", "decoder_config"):
-            stack: EncoderConfig | None = getattr(self, name, None)
+        stacks = (
+            (name, getattr(self, name, None)) for name in ("encoder_config", "decoder_config")
+        )
+        for name, stack in stacks:
             if stack is None:
                 continue
-            rotary = self.pos_encoding == "ropend"
-            if rotary and stack.head_width // 2 < len(self.rotary_axes):
-                raise ValueError(
-                    f"{name}: heads of width {stack.head_width} have {stack.head_width // 2} pairs of channels, "
-                    f"fewer than the {len(self.rotary_axes)} rotary axes; use fewer heads or a larger d_model"
+            n_pairs, n_axes = stack.head_width // 2, len(self.rotary_axes)
+            if not is_absolute and n_pairs < n_axes:
+                yield (
+                    f"{name}: heads of width {stack.head_width} have {n_pairs} pairs of channels, "
+                    f"fewer than the {n_axes} rotary axes; use fewer heads or a larger d_model"
                 )
-            if not rotary and stack.d_model % 2:
-                raise ValueError(
-                    f"{name}: d_model={stack.d_model} is odd; the absolute table needs an even width"
-                )
-        return self
-
-    def _check_window(self) -> None:
-        if not self.window:
-            return
-        if self.n_pos_dims > 1 or self.axis_categories or tuple(self.tubelet_size) != (1, 1, 1):
-            raise ValueError(
-                f"window={self.window} needs observations on one axis, with tubelet_size=(1, 1, 1); these have "
-                f"{self.n_pos_dims} axes and tubelet_size={self.tubelet_size}: use window=0"
-            )
-        if self.grid_step is None:
-            raise ValueError(
-                f"window={self.window} needs grid_step, the distance of two steps in the model's positions"
-            )
-        if self.neighbours or self.value_features or self.pos_encoding == "absolute":
-            raise ValueError(
-                "window has convolutions in place of neighbours and value_features, which must be 0, and needs "
-                "pos_encoding='ropend'"
-            )
+            if is_absolute and stack.d_model % 2:
+                yield f"{name}: d_model={stack.d_model} is odd; the absolute table needs an even width"
 
 
 class RoMAForPreTrainingConfig(RoMAConfig):
@@ -239,34 +232,31 @@ class RoMAForPreTrainingConfig(RoMAConfig):
     normalize_targets: bool = False
     """Standardise every target tubelet by its own mean and deviation."""
 
-    @model_validator(mode="after")
-    def _masks_and_targets_are_possible(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
         if self.normalize_targets and self.tubelet_width == 1:
-            raise ValueError(
+            yield (
                 "normalize_targets needs tubelets of at least 2 numbers; "
                 f"tubelet_size={self.tubelet_size} with n_channels={self.n_channels} has 1"
             )
         if self.normalize_targets and self.missing_values:
-            raise ValueError("normalize_targets needs whole tubelets; it excludes missing_values")
+            yield "normalize_targets needs whole tubelets; it excludes missing_values"
         if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:
-            raise ValueError(
-                f"mask_ratio_max={self.mask_ratio_max} is below mask_ratio={self.mask_ratio}, "
-                f"where its range begins"
-            )
+            least = f"mask_ratio={self.mask_ratio}, where its range begins"
+            yield f"mask_ratio_max={self.mask_ratio_max} is below {least}"
         axis = self.mask_axis
         if "channel" in self.mask_strategies and not (
             self.missing_values if axis is None else axis < self.n_pos_dims
         ):
-            raise ValueError(
+            yield (
                 f"mask_strategy 'channel' needs channel_axis, the position axis (0…{self.n_pos_dims - 1}) that "
                 f"holds the channel's index, got {axis}; or else tokens with missing_values"
             )
         if "value" in self.mask_strategies and not self.missing_values and self.tubelet_width > 1:
-            raise ValueError(
+            yield (
                 f"mask_strategy 'value' hides single numbers, which needs missing_values or tokens of one "
                 f"number; these have {self.tubelet_width}, all observed: use 'random'"
             )
-        return self
 
     @property
     def mask_axis(self) -> int | None:
@@ -325,18 +315,15 @@ class RoMAForClassificationConfig(RoMAConfig):
             return self.pooling
         return "cls" if self.use_cls else "mean"
 
-    @model_validator(mode="after")
-    def _head_is_consistent(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
         if self.pooling == "cls" and not self.use_cls:
-            raise ValueError("pooling='cls' reads a token that use_cls=False leaves out")
+            yield "pooling='cls' reads a token that use_cls=False leaves out"
         if self.predict_variance and self.problem_type != "regression":
-            raise ValueError("predict_variance is for problem_type=regression; leave it out")
+            yield "predict_variance is for problem_type=regression; leave it out"
         if len(self.target_scales) not in (0, self.dim_output):
-            raise ValueError(
-                f"target_scales has {len(self.target_scales)} pairs, one for each of dim_output="
-                f"{self.dim_output} numbers is needed"
-            )
-        return self
+            n = f"{len(self.target_scales)} pairs, one for each of dim_output={self.dim_output} numbers"
+            yield f"target_scales has {n} is needed"
 
 
 DROPOUTS = tuple(name for name in EncoderConfig.model_fields if "drop" in name)

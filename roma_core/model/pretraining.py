@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class RoMAForPreTraining(Backbone):
             self.config.head_drop_rate,
             decoder.layer_norm_eps,
         )
-        self.loss_fn = gaussian_nll if self.config.predict_variance else _squared_error
+        squared_error = partial(F.mse_loss, reduction="none")
+        self.loss_fn = gaussian_nll if self.config.predict_variance else squared_error
         self.initialise()
         # not zeros, as published: the norm that follows has a slope of 1/√eps = 1e6 there
         initialise_vectors(self.mask_token, self.cls)
@@ -356,10 +358,6 @@ class PaddedReconstruction(PaddedModel):
             return outputs
         mean, log_variance = outputs.chunk(2, dim=-1)
         return mean, log_variance.clamp(*LOG_VARIANCES).exp()
-
-
-def _squared_error(logits: Tensor, targets: Tensor) -> Tensor:
-    return (logits - targets) ** 2
 
 
 def gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -64,18 +64,17 @@ class DatasetSize:
 
 @dataclass
 class DefaultSettings:
-    """Settings of the trainings, ``model`` and ``trainer``, as in an experiment's file."""
+    """Settings of the trainings; without pretraining, finetuning starts from new weights."""
 
-    pretraining: dict[str, Any] | None  # None: finetuning starts from new weights
-    finetuning: dict[str, Any]
-    steps: dict[str, int]  # optimiser steps of each
+    trainings: dict[Stage, dict[str, Any]]  # "model" and "trainer" as in an experiment's file
+    steps: dict[Stage, int]  # optimiser steps of each
     size: DatasetSize
     reasons: dict[str, str]  # a sentence for each choice, by section or setting
 
     @property
     def shape(self) -> dict[str, Any]:
         """``model`` of the first training, with the fields of input and encoder."""
-        return (self.pretraining or self.finetuning)["model"]
+        return next(iter(self.trainings.values()))["model"]
 
 
 def default_settings(
@@ -87,7 +86,7 @@ def default_settings(
         targets: what has the targets of a regression; None: classes.
         pretrains: whether there is a pretraining; None: unless there are few dense series.
     """
-    is_wide = size.n_channels > 64
+    is_wide, is_few = size.n_channels > 64, size.n_series < _MIN_SERIES_FOR_BEST
     is_dense = size.is_dense and targets != "observation"
     at_once = _WINDOW if is_dense else 1
     width, depth = (128, 6) if size.n_series >= 20_000 or is_wide else (64, 4)
@@ -100,7 +99,7 @@ def default_settings(
     finetrainer, finetuning_steps, finetuning_reason = _trainer("finetuning", size, rate, at_once)
     if targets is None:
         finetrainer["label_smoothing"] = 0.05
-    if size.n_series >= _MIN_SERIES_FOR_BEST:
+    if not is_few:
         finetrainer["final_weights"] = "best"  # with fewer, validation says too little
         finetuning_reason += "; the weights are those that were best on validation"
     amount = f"{size.n_channels} channels" if is_wide else f"{size.n_series:,} training series"
@@ -122,56 +121,47 @@ def default_settings(
         finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.75
         if is_complete:
             finetuning_reason += "; no observations are dropped: hardly any are missing"
-            if size.n_series < _MIN_SERIES_FOR_BEST:
+            if is_few:
                 finetrainer["base_lr"] = 0.001
                 finetuning_reason += "; then few series are learnt better at a third of the rate"
         embedding = {"window": _WINDOW}
         on_grid = f"{size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
         of_embedding = {"window": f"window {_WINDOW}: {on_grid}; a token is {_WINDOW} steps"}
-        if size.n_series < _MIN_SERIES_FOR_BEST:
+        if is_few:
             depth, finetrainer["encoder_lr_scale"] = 2, 0.03
-            finetuning_reason += (
-                "; the encoder's blocks learn slower: attention fits few series by heart"
-            )
+            finetuning_reason += "; attention learns slower: it fits few series by heart"
     # without CLS at position 0, a second axis such as a band is known by differences only
     encoder = {**stack, "depth": depth}
     shape = {"encoder_config": encoder, "use_cls": use_cls, **embedding}
-    of_head = {
-        "head_drop_rate": 0.1,
-        # the mean also where there is a CLS token
-        "pooling": "token" if targets == "observation" else "mean",
-    }
     dropouts = {"drop_path_rate": 0.1, "hidden_drop_rate": 0.1}
-    found = DefaultSettings(
-        pretraining=None,
-        finetuning={
-            "model": {
-                **shape,
-                "encoder_config": {**encoder, **dropouts},
-                **of_head,
-            },
-            "trainer": finetrainer,
-        },
-        steps={"finetuning": finetuning_steps},
-        size=size,
-        reasons={
+    finetuning: dict[str, Any] = {"encoder_config": dropouts, "head_drop_rate": 0.1}
+    # the mean also where there is a CLS token
+    finetuning["pooling"] = "token" if targets == "observation" else "mean"
+    trainings: dict[Stage, dict[str, Any]] = {}
+    steps: dict[Stage, int] = {}
+    if pretrains or (pretrains is None and not (is_dense and is_few)):
+        model = {**shape, "decoder_config": {**stack, "depth": 1}, "mask_ratio": mask_ratio}
+        trainings["pretraining"] = {"model": model, "trainer": pretrainer}
+        steps["pretraining"] = pretraining_steps
+        of_embedding["mask_ratio"] = (
+            f"mask_ratio {mask_ratio}: {size.mean_length:.0f} observations per series"
+        )
+    else:
+        finetuning = {**shape, **finetuning, "encoder_config": {**encoder, **dropouts}}
+        pretraining_reason = "no pretraining: few dense series are learnt better from new weights"
+    trainings["finetuning"] = {"model": finetuning, "trainer": finetrainer}
+    return DefaultSettings(
+        trainings,
+        steps | {"finetuning": finetuning_steps},
+        size,
+        {
             "model": f"width {width}, {depth} layers: {amount}",
             "use_cls": f"use_cls {str(use_cls).lower()}: {cls}",
             **of_embedding,
-            "pretraining": "no pretraining: few dense series are learnt better from new weights",
+            "pretraining": pretraining_reason,
             "finetuning": finetuning_reason,
         },
     )
-    if pretrains or (pretrains is None and not (is_dense and size.n_series < _MIN_SERIES_FOR_BEST)):
-        decoder = {"decoder_config": {**stack, "depth": 1}, "mask_ratio": mask_ratio}
-        found.pretraining = {"model": {**shape, **decoder}, "trainer": pretrainer}
-        found.finetuning["model"] = {"encoder_config": dropouts, **of_head}
-        found.steps = {"pretraining": pretraining_steps, **found.steps}
-        found.reasons["mask_ratio"] = (
-            f"mask_ratio {mask_ratio}: {size.mean_length:.0f} observations per series"
-        )
-        found.reasons["pretraining"] = pretraining_reason
-    return found
 
 
 def primary_metric(

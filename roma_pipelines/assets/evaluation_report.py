@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from roma_pipelines.storage import Storage
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The asset ``evaluation_report``; its checks block registration of a candidate that fails."""
     key, names = experiment.key("evaluation_report"), experiment.training_names
-    stages = [STAGES[name] for name in names]
 
     @dg.asset(
         **experiment.asset_arguments("evaluation_report"),
@@ -46,8 +45,9 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         from roma_core.evaluation.leakage import split_digest, training_datasets
 
         resources = tracked_job.of_this_run(context, experiment).resources.of("evaluation")
-        data, *trained = tracked_job.upstream_metadata(context, experiment, "dataset", *names)
-        weights = dict(zip(stages, (job["weights"] for job in trained), strict=True))
+        data, *jobs = tracked_job.upstream_metadata(context, experiment, "dataset", *names)
+        trained = dict(zip(names, jobs, strict=True))
+        weights = {STAGES[name]: job["weights"] for name, job in trained.items()}
         folder = job_folder(context)
         if folder.config.exists():  # a retry adopts the job, and so the champion of that time
             config = EvaluationJobConfig.model_validate(read_json(folder.config))
@@ -55,27 +55,27 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             path = Path(data["path"])
             test_split = split_digest(StoredDataset(path, verify=False).split("test"))
             runs = f"{MlflowSettings().experiment_prefix}/{experiment.name}"
-            with tracked_job.registry(context, *trained) as client:
+            with tracked_job.registry(context, *jobs) as client:
                 config = EvaluationJobConfig(
                     name=experiment.name,
                     dataset=str(path),
                     dataset_digest=data["digest"],
                     classifier=weights.get("finetuning"),
                     autoencoder=weights.get("pretraining"),
-                    curves=dict(zip(stages, (job["metrics"] for job in trained), strict=True)),
+                    curves={STAGES[name]: job["metrics"] for name, job in trained.items()},
                     primary_metric=experiment.primary_metric,
                     baselines=experiment.baselines,
                     measure_baselines=experiment.measure_baselines,
-                    facts=_report_facts(read_manifest(path), stages, trained, context.run_id),
+                    facts=_report_facts(read_manifest(path), trained, context.run_id),
                     trained_on=tuple(
                         dict.fromkeys(
                             str(found)
-                            for job in trained
-                            for found in training_datasets(Path(job["weights"]))
+                            for folder_of_weights in weights.values()
+                            for found in training_datasets(Path(folder_of_weights))
                         )
                     ),
                     decided_before=gate.decided_before(client, runs, test_split, folder.path.name),
-                    lineage=_lineage(client, names, trained, context.run_id),
+                    lineage=_lineage(client, trained, context.run_id),
                     **_champion(client, experiment.name, Storage.open().cache / "models"),
                 )
         params = {"dataset_digest": data["digest"][:36]}
@@ -117,20 +117,20 @@ def _champion(client: Any, name: str, cache: Path) -> dict[str, Any]:
 
 
 def _lineage(
-    client: Any, names: Sequence[str], trained: Sequence[Mapping[str, Any]], dagster_run: str
+    client: Any, trained: Mapping[str, Mapping[str, Any]], dagster_run: str
 ) -> dict[str, str]:
-    """Lineage of the weights; the commit is that of the last training's run.
+    """Lineage of the weights, ``trained`` by asset; the commit is that of the last training's run.
 
-    ``run_config`` is what the runs of the trainings changed, as JSON, by the ``names`` of their assets.
+    ``run_config`` is what the runs of the trainings changed, as JSON, by the names of their assets.
     """
     from roma_core.serving.package import lock_hash
 
-    run = trained[-1]["mlflow_run_id"]
-    start = trained[-1].get("started_from")  # the job of the champion that was trained further
-    given = zip(names, (job.get("run_config") for job in trained), strict=True)
-    changes = {name: config for name, config in given if config}
+    *_, last = trained.values()
+    run = last["mlflow_run_id"]
+    start = last.get("started_from")  # the job of the champion that was trained further
+    changes = {name: found for name, job in trained.items() if (found := job.get("run_config"))}
     return {
-        **{f"{STAGES[name]}_job": job["job_key"] for name, job in zip(names, trained, strict=True)},
+        **{f"{STAGES[name]}_job": job["job_key"] for name, job in trained.items()},
         **({"started_from": start} if start else {}),
         **({"run_config": json.dumps(changes, sort_keys=True)} if changes else {}),
         "mlflow_run_id": run,
@@ -200,12 +200,9 @@ def _summary_plot(job: tracked_job.TrackedJob, metrics: Mapping[str, Any]) -> Me
 
 
 def _report_facts(
-    manifest: Manifest,
-    stages: Sequence[str],
-    trained: Sequence[Mapping[str, Any]],
-    dagster_run: str,
+    manifest: Manifest, trained: Mapping[str, Mapping[str, Any]], dagster_run: str
 ) -> tuple[FactSheet, ...]:
-    last = trained[-1]
+    *_, last = trained.values()
     model = read_json(Path(last["weights"]) / "model_config.json")
     stack, dropped = model["encoder_config"], manifest.irregularity
     splits = (f"{split} {count.n_series}" for split, count in manifest.counts.items())
@@ -227,8 +224,8 @@ def _report_facts(
             "positions": f"{model['n_pos_dims']} axis, p = {model['p_rope_val']}",
         },
         "Training": {
-            stage: f"{job['training_s']:.1f} s, validation loss {job['eval/loss']:.4f}"
-            for stage, job in zip(stages, trained, strict=True)
+            STAGES[name]: f"{job['training_s']:.1f} s, validation loss {job['eval/loss']:.4f}"
+            for name, job in trained.items()
         }
         | {"processes": last["processes"], "device": last["device"]},
         "Lineage": {

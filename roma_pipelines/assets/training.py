@@ -57,26 +57,28 @@ def finetuned_model_asset(experiment: Experiment, name: str) -> dg.AssetsDefinit
         upstream = experiment.asset_names[: experiment.asset_names.index(name)]
         data, *encoders = upstream_metadata(context, experiment, *upstream)
         path = Path(data["path"])
-        encoder = weights = Path(encoders[0]["weights"]) if encoders else None
-        if experiment.pretrained_from is not None and weights is not None:
-            for line in _differences(weights, read_manifest(path).data_schema):
+        encoder: Any = encoders[0]["weights"] if encoders else None
+        if experiment.pretrained_from is not None:
+            for line in _differences(Path(encoder), read_manifest(path).data_schema):
                 context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
-        job = job_folder(context).config
+        job, weights = job_folder(context).config, encoder
         if job.exists():  # a retry adopts the job, and so the champion of that time
-            weights = None if (start := read_json(job)["weights"]) is None else Path(start)
+            weights = read_json(job)["weights"]
         elif experiment.start_from == "champion":
             weights = _champion_weights(context, experiment, encoders) or weights
-        is_further = experiment.start_from == "champion" and weights not in (None, encoder)
-        lineage = {"started_from": weights.parts[-3]} if weights and is_further else {}
-        return _materialised(_trained(context, experiment, "finetune", path, weights), lineage)
+        start = None if weights is None else Path(weights)
+        lineage = {}
+        if start is not None and experiment.start_from == "champion" and weights != encoder:
+            lineage["started_from"] = start.parts[-3]
+        return _materialised(_trained(context, experiment, "finetune", path, start), lineage)
 
     return finetuned_model
 
 
 def _champion_weights(
     context: dg.AssetExecutionContext, experiment: Experiment, encoders: Sequence[dict[str, Any]]
-) -> Path | None:
-    """Weights of the training behind the champion; None if there is no champion."""
+) -> str | None:
+    """Folder of the weights of the training behind the champion; None if there is no champion."""
     name = experiment.name
     with registry(context, *encoders) as client:
         version = version_at(client, name, CHAMPION)
@@ -94,7 +96,7 @@ def _champion_weights(
             allow_retries=False,
         )
     context.log.info(f"starting from version {version} of {name}, the champion")
-    return weights
+    return str(weights)
 
 
 def _differences(weights: Path, ours: DataSchema) -> list[str]:

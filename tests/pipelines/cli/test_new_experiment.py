@@ -265,13 +265,16 @@ def test_small_data_get_many_passes_and_large_data_few():
     large = default_settings(DatasetSize(n_series=50_000, n_observations=10_000_000, n_channels=2))
 
     assert small.steps["finetuning"] >= 1000
-    assert large.finetuning["trainer"]["epochs"] < small.finetuning["trainer"]["epochs"]
-    assert large.pretraining["model"]["encoder_config"]["d_model"] > 64
+    assert (
+        large.trainings["finetuning"]["trainer"]["epochs"]
+        < small.trainings["finetuning"]["trainer"]["epochs"]
+    )
+    assert large.trainings["pretraining"]["model"]["encoder_config"]["d_model"] > 64
     # validation of a small set is too small to choose by
-    assert "final_weights" not in small.finetuning["trainer"]
-    assert large.finetuning["trainer"]["final_weights"] == "best"
+    assert "final_weights" not in small.trainings["finetuning"]["trainer"]
+    assert large.trainings["finetuning"]["trainer"]["final_weights"] == "best"
     for sizes in (small, large):
-        trainer = sizes.finetuning["trainer"]
+        trainer = sizes.trainings["finetuning"]["trainer"]
         assert trainer["tokens_per_batch"] <= 2048
         assert trainer["eval_every"] <= sizes.steps["finetuning"]
 
@@ -281,7 +284,7 @@ def test_long_series_make_small_batches_and_more_steps():
     long = default_settings(DatasetSize(n_series=200, n_observations=200_000, n_channels=1))
 
     for sizes in (short, long):
-        shown = sizes.finetuning["trainer"]["epochs"] * 200
+        shown = sizes.trainings["finetuning"]["trainer"]["epochs"] * 200
         assert shown == pytest.approx(1200 * 16, rel=0.1)
     assert long.steps["finetuning"] > 5 * short.steps["finetuning"]
 
@@ -292,9 +295,9 @@ def test_a_second_axis_needs_cls_and_wide_observations_no_features():
         DatasetSize(n_series=200, n_observations=20_000, n_channels=900, n_axes=2)
     )
 
-    assert [s.pretraining["model"]["use_cls"] for s in (one, two)] == [False, True]
-    assert [s.pretraining["model"]["value_features"] for s in (one, two)] == [64, 0]
-    assert [s.pretraining["model"]["neighbours"] for s in (one, two)] == [5, 0]
+    assert [s.trainings["pretraining"]["model"]["use_cls"] for s in (one, two)] == [False, True]
+    assert [s.trainings["pretraining"]["model"]["value_features"] for s in (one, two)] == [64, 0]
+    assert [s.trainings["pretraining"]["model"]["neighbours"] for s in (one, two)] == [5, 0]
 
 
 def test_long_series_on_a_grid_get_windows():
@@ -316,16 +319,16 @@ def test_few_dense_series_are_not_pretrained_unless_that_is_asked_for():
     many = dataclasses.replace(many, n_observations=100_000)
 
     new = default_settings(few)
-    assert new.pretraining is None and set(new.steps) == {"finetuning"}
+    assert set(new.trainings) == set(new.steps) == {"finetuning"}
     assert "no pretraining" in new.reasons["pretraining"]
     for pretrained in (
         default_settings(many),
         default_settings(ragged),
         default_settings(few, pretrains=True),
     ):
-        assert pretrained.pretraining is not None
-        assert "window" not in pretrained.finetuning["model"]
-    assert default_settings(ragged, pretrains=False).pretraining is None
+        assert "pretraining" in pretrained.trainings
+        assert "window" not in pretrained.trainings["finetuning"]["model"]
+    assert "pretraining" not in default_settings(ragged, pretrains=False).trainings
     shape = default_settings(few, pretrains=True).shape
     same = {name: value for name, value in new.shape.items() if name in shape}
     stack = same.pop("encoder_config")
@@ -340,7 +343,7 @@ def test_observations_are_dropped_at_random_where_some_are_missing(grid_fill, ob
     size = DatasetSize(200, 40_000, n_channels=1, grid_fill=grid_fill, observed=observed)
     finetuning = default_settings(size)
 
-    assert finetuning.finetuning["trainer"]["augment_drop_rate"] == dropped
+    assert finetuning.trainings["finetuning"]["trainer"]["augment_drop_rate"] == dropped
     assert ("no observations are dropped" in finetuning.reasons["finetuning"]) is (dropped == 0)
 
 
@@ -352,8 +355,8 @@ def test_every_choice_is_valid_for_the_trainer():
         DatasetSize(n_series=200, n_observations=40_000, n_channels=2, grid_fill=1.0),
     ):
         sizes = default_settings(size)
-        first = None if sizes.pretraining is None else Stage(**sizes.pretraining)
-        assert not training_errors(first, Stage(**sizes.finetuning))
+        stages = {name: Stage(**one) for name, one in sizes.trainings.items()}
+        assert not training_errors(stages.get("pretraining"), stages["finetuning"])
 
 
 def test_the_file_holds_no_setting_twice(waves):
