@@ -200,6 +200,20 @@ class Experiment(Frozen):
             yield f"pretrained_from: {shared}: the encoder comes from that experiment, so `pretraining` has no effect; remove one of the two"
         if shared == self.name:
             yield f"pretrained_from: {shared} is this experiment; remove it"
+        if task == "interpolation":
+            if self.finetuning != Stage():
+                yield "finetuning: an interpolation registers the pretrained autoencoder and finetunes nothing; remove it, or set another task"
+            if self.start_from == "champion":
+                yield "start_from: an interpolation finetunes nothing; remove it"
+            if shared or pretraining is None:
+                what = "pretrained_from" if shared else "pretraining: null"
+                yield f"{what}: an interpolation registers the model that it pretrains; remove it"
+            for name, wrong in {"normalize_targets": True, "pos_encoding": "absolute"}.items():
+                if self.shape.get(name) == wrong:
+                    why = "such a model cannot predict values at other positions in the units of the data"
+                    yield f"pretraining.model.{name}: {wrong}: {why}, which an interpolation serves; remove it"
+        elif self.gate.min_baseline_gain is not None and not self.measure_baselines:
+            yield "gate.min_baseline_gain: no baseline is measured with measure_baselines: false; remove one of the two"
         if (found := self.finetuning.model.get("problem_type", task)) != task:
             yield f"finetuning.model.problem_type: {found} contradicts task: {task}; remove it, the task determines it"
         if task != "classification":
@@ -208,23 +222,6 @@ class Experiment(Frozen):
             given = [f"gate.{n}" for n in CLASS_THRESHOLDS if getattr(self.gate, n) is not None]
             for name in [*given, *(["baselines"] if self.baselines else [])]:
                 yield f"{name}: is for classes, and the task is {task}; remove it"
-        if task != "interpolation":
-            if self.gate.min_baseline_gain is not None and not self.measure_baselines:
-                yield "gate.min_baseline_gain: no baseline is measured with measure_baselines: false; remove one of the two"
-            return
-        if self.finetuning != Stage():
-            yield "finetuning: an interpolation registers the pretrained autoencoder and finetunes nothing; remove it, or set another task"
-        if self.start_from == "champion":
-            yield "start_from: an interpolation finetunes nothing; remove it"
-        if shared or pretraining is None:
-            what = "pretrained_from" if shared else "pretraining: null"
-            yield f"{what}: an interpolation registers the model that it pretrains; remove it"
-        for name, wrong in {"normalize_targets": True, "pos_encoding": "absolute"}.items():
-            if self.shape.get(name) == wrong:
-                why = (
-                    "such a model cannot predict values at other positions in the units of the data"
-                )
-                yield f"pretraining.model.{name}: {wrong}: {why}, which an interpolation serves; remove it"
 
     @model_validator(mode="after")
     def _trainings_are_valid(self) -> Self:
@@ -419,6 +416,15 @@ def training_errors(
     shape |= {"grid_step": 1.0}
     if pretraining is None:
         model = {**finetuning.model, **shape, "missing_values": True, "problem_type": task}
+        stack = model.get("encoder_config")
+        given = stack if isinstance(stack, Mapping) else ()
+        if missing := {"d_model", "nhead", "depth"}.difference(given):
+            names = ", ".join(sorted(missing))
+            text = f"finetuning.model.encoder_config: expected {names} of the new weights, since pretraining is null"
+            return [
+                *found,
+                f"{text}; add them, or `pretraining: {{}}` for one with default settings",
+            ]
         return found + _errors(RoMAForClassificationConfig, model, "finetuning.model")
     shape["missing_values"] = not pretraining.model.get("normalize_targets")
     encoder = {**pretraining.model, **shape}

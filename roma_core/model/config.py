@@ -183,10 +183,8 @@ class RoMAConfig(RomaSettings):
         if is_absolute and (any(self.axis_categories) or self.covariates):
             yield "pos_encoding='absolute' reproduces published models, which have no categories or covariates; use 'ropend'"
         if len(self.position_axes) not in (0, self.n_pos_dims):
-            yield (
-                f"position_axes describes {len(self.position_axes)} axes "
-                f"({', '.join(axis.name for axis in self.position_axes)}), but n_pos_dims={self.n_pos_dims}"
-            )
+            names = f"{len(self.position_axes)} axes ({', '.join(axis.name for axis in self.position_axes)})"
+            yield f"position_axes describes {names}, but n_pos_dims={self.n_pos_dims}"
         stacks = (
             (name, getattr(self, name, None)) for name in ("encoder_config", "decoder_config")
         )
@@ -195,10 +193,10 @@ class RoMAConfig(RomaSettings):
                 continue
             n_pairs, n_axes = stack.head_width // 2, len(self.rotary_axes)
             if not is_absolute and n_pairs < n_axes:
-                yield (
-                    f"{name}: heads of width {stack.head_width} have {n_pairs} pairs of channels, "
-                    f"fewer than the {n_axes} rotary axes; use fewer heads or a larger d_model"
+                width = (
+                    f"{name}: heads of width {stack.head_width} have {n_pairs} pairs of channels"
                 )
+                yield f"{width}, fewer than the {n_axes} rotary axes; use fewer heads or a larger d_model"
             if is_absolute and stack.d_model % 2:
                 yield f"{name}: d_model={stack.d_model} is odd; the absolute table needs an even width"
 
@@ -235,10 +233,8 @@ class RoMAForPreTrainingConfig(RoMAConfig):
     def _contradictions(self) -> Iterator[str]:
         yield from super()._contradictions()
         if self.normalize_targets and self.tubelet_width == 1:
-            yield (
-                "normalize_targets needs tubelets of at least 2 numbers; "
-                f"tubelet_size={self.tubelet_size} with n_channels={self.n_channels} has 1"
-            )
+            size = f"tubelet_size={self.tubelet_size} with n_channels={self.n_channels}"
+            yield f"normalize_targets needs tubelets of at least 2 numbers; {size} has 1"
         if self.normalize_targets and self.missing_values:
             yield "normalize_targets needs whole tubelets; it excludes missing_values"
         if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:

@@ -119,9 +119,16 @@ def test_its_section_finetuning_is_validated_as_a_whole(tmp_path):
         ({"encoder_config": {"depth": -1}}, r"finetuning\.model\.encoder_config\.depth"),
     ):
         sections = attributes(tmp_path)
-        sections["finetuning"]["model"] = model
+        stack = sections["finetuning"]["model"]["encoder_config"] | model.pop("encoder_config", {})
+        sections["finetuning"]["model"] = {"encoder_config": stack, **model}
         with pytest.raises(ValueError, match=sentence):
             Experiment.parse(sections)
+
+
+def test_an_empty_section_is_not_taken_for_one_with_default_settings(tmp_path):
+    sections = tiny.attributes(tmp_path) | {"pretraining": None}  # as `pretraining:` in YAML
+    with pytest.raises(ValueError, match=r"expected d_model, depth, nhead of the new weights"):
+        Experiment.parse(sections)
 
 
 @pytest.mark.parametrize(
