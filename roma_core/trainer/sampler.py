@@ -28,6 +28,7 @@ class BatchSampler(ABC):
     n_samples: int
     global_batch_size: int  # of a step over all processes, in `unit`; frozen at the first start
     batches_per_epoch: int
+    sorts = False  # puts series of similar length into a batch
 
     @abstractmethod
     def batches(self, epoch: int) -> list[Indices]:
@@ -71,12 +72,12 @@ class SeriesBatchSampler(BatchSampler):
 class TokenBatchSampler(BatchSampler):
     """Batches of about equally many tokens and similar lengths.
 
-    The samples are shuffled, then sorted by length inside windows of 32 batches, cut into batches,
-    and the batches shuffled. A batch holds at most one longest series more than
+    The samples are shuffled, then, if it ``sorts``, sorted by length inside windows of 32 batches, cut
+    into batches, and the batches shuffled. A batch holds at most one longest series more than
     ``global_batch_size``, and no fewer than ``min_samples``.
     """
 
-    unit = "tokens"
+    unit, sorts = "tokens", True
 
     def __init__(
         self, lengths: Indices, global_batch_size: int, seed: int, micro_batch_size: int
@@ -102,8 +103,9 @@ class TokenBatchSampler(BatchSampler):
         n_batches = self.batches_per_epoch
         noise = hash_ints(self.seed, epoch, _ORDER, np.arange(self.n_samples))
         order = noise.argsort(kind="stable")
-        window = _part_of(self.lengths[order], n_batches) // _WINDOW
-        order = order[np.lexsort((self.lengths[order], window))]
+        if self.sorts:
+            window = _part_of(self.lengths[order], n_batches) // _WINDOW
+            order = order[np.lexsort((self.lengths[order], window))]
         batches = _cut(order, self.lengths, n_batches)
         shuffled = hash_ints(self.seed, epoch, _BATCH_ORDER, np.arange(n_batches))
         return [batches[k] for k in shuffled.argsort(kind="stable")]

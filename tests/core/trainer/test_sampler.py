@@ -66,6 +66,20 @@ def test_batches_hold_about_equally_many_tokens_of_similar_lengths():
     assert mean_lengths != sorted(mean_lengths)  # short and long batches take turns
 
 
+def test_batches_of_a_model_that_normalises_over_them_have_all_lengths():
+    sampler = plan()
+    assert sampler.sorts
+    sampler.sorts = False
+    batches = sampler.batches(0)
+
+    assert sorted(np.concatenate(batches)) == list(range(len(LENGTHS)))
+    tokens = np.array([LENGTHS[b].sum() for b in batches])
+    assert np.abs(tokens - tokens.mean()).max() <= LENGTHS.max()
+    inside = np.mean([LENGTHS[b].std() for b in batches])
+    assert inside > 0.8 * LENGTHS.std()
+    assert [b.tolist() for b in batches] != [b.tolist() for b in sampler.batches(1)]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_any_number_of_processes_shares_a_batch_exactly(world_size):
     some = plan(micro=150)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from roma_core.trainer import distributed
 from roma_core.trainer.checkpoint import committed
 from roma_core.trainer.distributed import init_accelerator
 from roma_core.trainer.optim import learning_rate_factor
+from roma_core.trainer.sampler import lengths_of
 from roma_core.trainer.step import TrainStep
 from tests.benchmarks.timing import HostReads
 from tests.core.trainer.training_runs import (
@@ -31,6 +33,7 @@ from tests.core.trainer.training_runs import (
     Sines,
     Waves,
     autoencoder,
+    autoencoder_of_windows,
     classifier,
     config,
     interrupt,
@@ -63,6 +66,19 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
     assert [p.name for p in committed(tmp_path / "checkpoints")] == [
         f"step-{s:08d}" for s in (50, 55, 56, 60)
     ]
+
+
+@pytest.mark.parametrize(
+    ("made", "is_random"), [(autoencoder, False), (autoencoder_of_windows, True)]
+)
+def test_series_of_all_lengths_are_normalised_together(tmp_path, made, is_random):
+    """Running statistics, which predictions use, are not those of short or of long series alone."""
+    trainer = Trainer(config(tmp_path, epochs=1, tokens_per_batch=150))
+    trainer.train(Waves(), None, made())
+
+    lengths = lengths_of(Waves())
+    inside = np.mean([lengths[batch].std() for batch in trainer.sampler.batches(0)])
+    assert bool(inside > 0.7 * lengths.std()) is is_random
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about processors")
