@@ -50,6 +50,7 @@ from roma_core.job import JobFolder
 from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
+    merged,
     read_config,
     stored_fields,
 )
@@ -226,7 +227,7 @@ class _Estimator(BaseEstimator):
         # an unknown field goes to both configurations, which refuse it
         given = {n: x for n, x in (self.model or {}).items() if n in own or n not in other}
         config = TrainingJobConfig.resolve(
-            task, dataset.path, _merged(model, given), TrainerConfig(**trainer), weights=weights
+            task, dataset.path, merged(model, given), TrainerConfig(**trainer), weights=weights
         )
         job = JobFolder(root / task)
         attempt = job.attempt(1)
@@ -472,12 +473,6 @@ def _required(y: Any) -> Any:
     if y is None:
         raise ValueError("fit requires y to be passed, but the target y is None")
     return y
-
-
-def _merged(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` over ``before``, of encoder_config and decoder_config field by field."""
-    both = {n: x for n, x in changes.items() if isinstance(before.get(n), dict)}
-    return {**before, **changes} | {n: _merged(before[n], x) for n, x in both.items()}
 
 
 def _weights(folder: Path, aside: Path) -> Path:

@@ -23,6 +23,7 @@ from roma_core.model.config import (
     SHAPE,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
+    merged,
 )
 from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_errors
 from roma_core.trainer.config import TrainerConfig
@@ -259,7 +260,7 @@ class Experiment(Frozen):
         changed: dict[str, Any] = {}
         for name, values in (("pretraining", pretraining), ("finetuning", finetuning)):
             if (stage := getattr(self, name)) is not None:
-                changed[name] = _merged(dict(stage), values, ("model", "trainer"))
+                changed[name] = merged(dict(stage), values, ("model", "trainer"))
             elif values:
                 raise ValueError(f"experiment {self.name}: {name}: null: there is no such training")
         given = self.resources.model_dump(exclude_unset=True)
@@ -269,7 +270,7 @@ class Experiment(Frozen):
             target = self.resources.of(stage).target
             if stage in resources and resources[stage].get("target", target) != target:
                 (given.get(stage) or {}).pop("profile", None)
-        changed["resources"] = _merged(given, resources, STAGES.values())
+        changed["resources"] = merged(given, resources, STAGES.values())
         # what automation passes to other runs is not over these settings
         found = self.parse({**dict(self), **changed, "automation": Automation()})
         return found.model_copy(update={"automation": self.automation})
@@ -370,17 +371,6 @@ class Experiment(Frozen):
         }
 
 
-_SUBSECTIONS = ("encoder_config", "decoder_config")
-
-
-def _merged(before: Any, changes: Any, sections: Collection[str] = _SUBSECTIONS) -> Any:
-    """``changes`` over ``before``, of sections field by field."""
-    if not isinstance(before, Mapping) or not isinstance(changes, Mapping):
-        return changes
-    inner = {name: _merged(before.get(name), changes[name]) for name in changes if name in sections}
-    return {**before, **changes, **inner}
-
-
 # Settings of the two trainings, validated without the environment: an error in a file shows when
 # definitions load, not after an hour of pretraining.
 
@@ -419,12 +409,9 @@ def training_errors(
         stack = model.get("encoder_config")
         given = stack if isinstance(stack, Mapping) else ()
         if missing := {"d_model", "nhead", "depth"}.difference(given):
-            names = ", ".join(sorted(missing))
-            text = f"finetuning.model.encoder_config: expected {names} of the new weights, since pretraining is null"
-            return [
-                *found,
-                f"{text}; add them, or `pretraining: {{}}` for one with default settings",
-            ]
+            expected = f"expected {', '.join(sorted(missing))} of the new weights, since pretraining is null"
+            way_out = "add them, or `pretraining: {}` for one with default settings"
+            return [*found, f"finetuning.model.encoder_config: {expected}; {way_out}"]
         return found + _errors(RoMAForClassificationConfig, model, "finetuning.model")
     shape["missing_values"] = not pretraining.model.get("normalize_targets")
     encoder = {**pretraining.model, **shape}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -328,6 +328,16 @@ HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling", "predict_vari
 """Fields of a classifier that are not of the checkpoint it starts from."""
 SHAPE = tuple(n for n in RoMAConfig.model_fields if n not in (*HEAD, "encoder_config"))
 """Fields that a classifier takes over from the checkpoint."""
+
+
+def merged(
+    before: Any, changes: Any, sections: Collection[str] = ("encoder_config", "decoder_config")
+) -> Any:
+    """``changes`` over ``before``, of sections field by field."""
+    if not isinstance(before, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    inner = {name: merged(before.get(name), changes[name]) for name in changes if name in sections}
+    return {**before, **changes, **inner}
 
 
 def check_files(folder: Path, *names: str) -> None:

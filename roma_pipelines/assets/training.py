@@ -67,9 +67,8 @@ def finetuned_model_asset(experiment: Experiment, name: str) -> dg.AssetsDefinit
         elif experiment.start_from == "champion":
             weights = _champion_weights(context, experiment, encoders) or weights
         start = None if weights is None else Path(weights)
-        lineage = {}
-        if start is not None and experiment.start_from == "champion" and weights != encoder:
-            lineage["started_from"] = start.parts[-3]
+        is_further = experiment.start_from == "champion" and weights != encoder
+        lineage = {"started_from": Path(weights).parts[-3]} if is_further else {}
         return _materialised(_trained(context, experiment, "finetune", path, start), lineage)
 
     return finetuned_model
