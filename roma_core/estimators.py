@@ -48,6 +48,7 @@ from roma_core.evaluation.drift import reference_profile
 from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_core.model.config import (
+    OF_PRETRAINING,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
     merged,
@@ -189,8 +190,9 @@ class _Estimator(BaseEstimator):
         on_grid = (0.0, 1.0) if grid is None else (grid.fill, observed_of_split(split))
         amount = len(split), int(split.lengths.sum()), schema.n_values, max(1, n_axes)
         size = DatasetSize(*amount, *on_grid)
-        has_encoder = weights is not None or self._kind == "autoencoder" or self.pretrain is True
-        pretrains = True if has_encoder else None if self.pretrain is None else False
+        asks = weights is not None or self._kind == "autoencoder" or self.pretrain is True
+        asks |= self.pretrain is None and not asked.keys().isdisjoint(OF_PRETRAINING)
+        pretrains = asks or (None if self.pretrain is None else False)
         return default_settings(size, "series" if self._kind == "regressor" else None, pretrains)
 
     def _trained(
@@ -306,7 +308,8 @@ class RoMAClassifier(_Scored, ClassifierMixin, _Estimator):
         pretrain: pretrain an autoencoder on the same series first (True), start from new weights
             (False), or from those in a folder: ``outputs/model`` of a pretraining, or what
             :meth:`RoMAImputer.save` wrote, for the same channels. None pretrains, unless they are fewer
-            than 1000 series of windows (``model.window``), which are learnt better from new weights.
+            than 1000 series of windows (``model.window``), which are learnt better from new weights, and
+            ``model`` has no field of pretraining alone.
         model: fields of ``RoMAForPreTrainingConfig`` and ``RoMAForClassificationConfig`` in place of
             those chosen, such as ``{"encoder_config": {"depth": 6}, "mask_ratio": 0.5}``.
         trainer: fields of ``TrainerConfig`` of all trainings, such as ``{"epochs": 20}``.

@@ -20,6 +20,7 @@ from roma_core.files import digest_of
 from roma_core.model.config import (
     DROPOUTS,
     HEAD,
+    OF_PRETRAINING,
     SHAPE,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
@@ -139,7 +140,7 @@ class Experiment(Frozen):
         "encoder", exclude_if=lambda start: start == "encoder"
     )
     """Weights that the finetuning starts from. champion: those of the registered champion, to train it
-    further on new data; of the encoder while there is none."""
+    further on new data; while there is none, of the encoder, or new ones."""
     resources: Resources = Field(Resources(), description="Target and size of jobs.")
     primary_metric: PrimaryMetric | Literal["auto"] = "auto"
     """Metric for the best checkpoint, the gate and the comparison with the champion. auto: auroc where the
@@ -197,10 +198,14 @@ class Experiment(Frozen):
     def _contradictions(self) -> Iterator[str]:
         """A sentence for each setting that contradicts another one, or the task."""
         shared, task, pretraining = self.pretrained_from, self.task, self.pretraining
+        if shared is not None and pretraining is None:
+            yield "pretraining: null means new weights, and pretrained_from those of an encoder; remove one of the two"
         if shared is not None and pretraining != Stage():
             yield f"pretrained_from: {shared}: the encoder comes from that experiment, so `pretraining` has no effect; remove one of the two"
         if shared == self.name:
             yield f"pretrained_from: {shared} is this experiment; remove it"
+        if pretraining is None and self.resources.pretraining is not None:
+            yield "resources.pretraining: has no effect, since pretraining is null; remove it"
         if task == "interpolation":
             if self.finetuning != Stage():
                 yield "finetuning: an interpolation registers the pretrained autoencoder and finetunes nothing; remove it, or set another task"
@@ -371,9 +376,6 @@ class Experiment(Frozen):
         }
 
 
-# Settings of the two trainings, validated without the environment: an error in a file shows when
-# definitions load, not after an hour of pretraining.
-
 _FROM_DATA = (
     "tubelet_size", "n_channels", "n_pos_dims", "position_axes", "axis_categories", "missing_values",
     "covariates", "grid_step",
@@ -383,7 +385,7 @@ _FROM_DATA = (
 def training_errors(
     pretraining: Stage | None, finetuning: Stage, task: str = "classification"
 ) -> list[str]:
-    """One sentence for each wrong setting of the trainings, named by its path in the file."""
+    """A sentence for each wrong setting of the trainings, whatever the environment, by its path."""
     found = []
     trainings = {} if pretraining is None else {"pretraining": pretraining}
     trainings["finetuning"] = finetuning
@@ -394,18 +396,18 @@ def training_errors(
             )
         found += _errors(TrainerConfig, stage.trainer, f"{where}.trainer")
     first, stage = next(iter(trainings.items()))
-    found += [
-        f"{first}.model.{name}: determined by the data set; remove it"
-        for name in _FROM_DATA
-        if name in stage.model
-    ]
+    refused = dict.fromkeys(_FROM_DATA, "determined by the data set")
+    if pretraining is None:
+        refused |= dict.fromkeys(OF_PRETRAINING, "of pretraining, which is null")
+    found += [f"{first}.model.{n}: {refused[n]}; remove it" for n in stage.model if n in refused]
     # the data are unknown here: assume axes, channels and missing values that the settings refer to
     channel_axis = stage.model.get("channel_axis")
     n_axes = max(1, 1 + channel_axis) if isinstance(channel_axis, int) else 1
     shape: dict[str, Any] = {"tubelet_size": [1, 1, 1], "n_channels": 2, "n_pos_dims": n_axes}
     shape |= {"grid_step": 1.0}
     if pretraining is None:
-        model = {**finetuning.model, **shape, "missing_values": True, "problem_type": task}
+        model = {n: x for n, x in finetuning.model.items() if n not in refused} | shape
+        model |= {"missing_values": True, "problem_type": task}
         stack = model.get("encoder_config")
         given = stack if isinstance(stack, Mapping) else ()
         if missing := {"d_model", "nhead", "depth"}.difference(given):

@@ -89,9 +89,7 @@ class Tuning(Frozen):
         if experiment.task == "interpolation":
             found.append(f"tuning: {_COMPARED}, which a pretraining does not log; remove it")
         if experiment.start_from == "champion":
-            found.append(
-                "tuning: trials start from the encoder, not from champion; remove start_from"
-            )
+            found.append("tuning: trials do not start from the champion; remove start_from")
         for path, dimension in self.space.items():
             stage, _, field = path.partition(".")
             here, step = f"tuning.space.{path}", dimension.step or 1.0
@@ -153,7 +151,7 @@ def given_values(experiment: Any, space: Mapping[str, Dimension]) -> dict[str, V
 
 
 def default_space(experiment: Any) -> dict[str, Dimension]:
-    """Settings of the finetuning alone, so that all trials share one encoder."""
+    """Settings of the finetuning alone, so that all trials share one encoder, if any."""
     default = TrainerConfig.model_fields["base_lr"].default
     trainer = experiment.finetuning.trainer
     rate = float(trainer.get("base_lr", default))

@@ -302,9 +302,8 @@ class Search:
     ) -> Path:
         """Run a job to its end, or adopt it, with its MLflow run; its folder."""
         folder, document = self._folder(name), config.model_dump(mode="json")
-        resources = experiment.resources.of(
-            "pretraining" if command == "pretrain" else "finetuning"
-        )
+        of = experiment.resources.of
+        resources = of("pretraining" if command == "pretrain" else "finetuning")
         if resources.threads_per_process is None:  # the trials share the cores
             n_processes = resources.world_size * self.tuning.parallel
             threads = default_threads(resources.target, n_processes)

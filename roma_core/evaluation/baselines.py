@@ -302,7 +302,7 @@ def measure_baselines(
             print(f"no baseline {method!r}: {reason}", flush=True)
             continue
         start = time.perf_counter()
-        predicted = predict(used, known, test, seed)
+        predicted = predict(used, known, test, seed).astype(np.float64)
         if targets.ndim == 1:
             scores, classes = predicted, np.unique(known)
             predicted = np.zeros((len(test), len(dataset.schema.classes)))

@@ -241,9 +241,8 @@ class RoMAForPreTrainingConfig(RoMAConfig):
             least = f"mask_ratio={self.mask_ratio}, where its range begins"
             yield f"mask_ratio_max={self.mask_ratio_max} is below {least}"
         axis = self.mask_axis
-        if "channel" in self.mask_strategies and not (
-            self.missing_values if axis is None else axis < self.n_pos_dims
-        ):
+        is_known = self.missing_values if axis is None else axis < self.n_pos_dims
+        if "channel" in self.mask_strategies and not is_known:
             yield (
                 f"mask_strategy 'channel' needs channel_axis, the position axis (0…{self.n_pos_dims - 1}) that "
                 f"holds the channel's index, got {axis}; or else tokens with missing_values"
@@ -328,6 +327,8 @@ HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling", "predict_vari
 """Fields of a classifier that are not of the checkpoint it starts from."""
 SHAPE = tuple(n for n in RoMAConfig.model_fields if n not in (*HEAD, "encoder_config"))
 """Fields that a classifier takes over from the checkpoint."""
+OF_PRETRAINING = tuple(RoMAForPreTrainingConfig.__annotations__.keys() - {"model_config"})
+"""Fields that a classifier has not."""
 
 
 def merged(
@@ -403,7 +404,7 @@ def classifier_config(
     for name, value, kept in fixed:
         if (list(value) if isinstance(value, tuple) else value) != kept:
             raise SettingsError(
-                f"{name}={value} contradicts the checkpoint {folder}, which has {kept}; leave it out"
+                f"{name}={value} contradicts the checkpoint {folder}, which has {kept}; leave it out, or start from other weights"
             )
     dropouts = {k: v for k, v in given.items() if k in DROPOUTS}
     if not is_pretraining(document):

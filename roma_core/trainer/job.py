@@ -103,7 +103,7 @@ class TrainingJobConfig(Frozen):
             if len(series) and not len(_maskable(series)):
                 raise ValueError(
                     f"every training series of {manifest.name} has one observation, so nothing can be "
-                    f"hidden and pretraining has nothing to learn; finetune new weights instead"
+                    f"hidden and pretraining has nothing to learn; finetune new weights instead (an experiment: `pretraining: null`)"
                 )
         else:
             config = _finetuning_model(manifest, model, weights)

@@ -126,7 +126,7 @@ def training_config(
     dataset: Path,
     weights: Path | None = None,
 ) -> TrainingJobConfig:
-    """The configuration of one of the two trainings; ValueError if the data set does not fit."""
+    """The configuration of a training; ValueError if the data set does not fit."""
     stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
     assert stage is not None  # else there is no such asset
     trainer = TrainerConfig(**stage.trainer)

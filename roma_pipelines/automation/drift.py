@@ -103,7 +103,9 @@ def _reference(client: Any, name: str, cache: Path) -> dict[str, str]:
         found["package"] = str(package_of(fetch(client, champion, cache)))
     try:
         if versions.ENCODER_TAG not in champion.tags:
-            raise FetchError("the champion has no encoder tag")
+            raise FetchError(
+                "no encoder is registered with the champion, as after `pretraining: null`"
+            )
         version = champion.tags[versions.ENCODER_TAG]
         encoder = resolve(client, f"models:/{versions.encoder_name(name)}/{version}")
         found["encoder"] = str(fetch(client, encoder, cache))

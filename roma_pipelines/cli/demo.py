@@ -37,7 +37,7 @@ _LOGGER = "progress"
 @click.argument("experiment", shell_complete=complete_experiment, default="japanese_vowels")
 @click.option("--fresh", is_flag=True, help="Run again even if everything is up to date.")
 def demo(experiment: str, fresh: bool) -> None:
-    """Materialise EXPERIMENT: data set, encoder, finetuned model, report, registered model.
+    """Materialise EXPERIMENT, from the data set to the report and the registered model.
 
     Assets that the same code made from the same settings are reused. The command resumes an
     interrupted run.

@@ -87,11 +87,9 @@ def plan(
             )
         names.remove("dataset")
     if asset not in names:
-        raise ValueError(
-            f"{found.name} has no {asset}"
-            + (": pretraining is null" if asset == ENCODER else f", its task is {found.task}")
-            + f"; give another --asset, one of {', '.join(names)}"
-        )
+        why = "pretraining is null" if asset == ENCODER else f"its task is {found.task}"
+        others = f"give another --asset, one of {', '.join(names)}"
+        raise ValueError(f"{found.name} has no {asset}, {why}; {others}")
     for stage in filter(None, (found.pretraining, found.finetuning)):
         TrainerConfig(**stage.trainer)  # raises if a setting of it is wrong
     try:

@@ -34,7 +34,7 @@ def tune(experiment: str, write: bool, **budget: Any) -> None:
 
     EXPERIMENT is a name or the path of a defs.yaml. Its section `tuning` has the space; by default
     learning rate, weight decay, dropouts and augmentation of the finetuning are searched, and all
-    trials share one pretrained encoder:
+    trials share one pretrained encoder, if there is a pretraining:
 
     \b
         tuning:

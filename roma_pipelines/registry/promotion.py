@@ -279,9 +279,11 @@ def _refusal(
 
 def _move_encoder_alias(lock: ModelLock, name: str, version: str) -> None:
     encoder = lock.client.get_model_version(name, version).tags.get(versions.ENCODER_TAG)
-    if encoder is None:
-        return
     of_encoder = versions.encoder_name(name)
+    if encoder is None:  # that of an earlier champion has other features than this one
+        if versions.version_at(lock.client, of_encoder, CHAMPION) is not None:
+            lock.delete_alias(of_encoder, CHAMPION)
+        return
     if versions.find_version(lock.client, of_encoder, encoder) is None:  # serves without
         _log.warning(
             "version %s of %s, the encoder of version %s of %s, was deleted; the champion of the "

@@ -117,6 +117,19 @@ def test_targets_of_series_are_predicted_as_well(dataset):
     assert ((predicted - true) ** 2).mean() < 0.3 * true.var(axis=0).mean()
 
 
+def test_a_regression_of_series_on_a_grid_is_compared_with_both_methods(shapes):
+    """The ridge of MiniRocket's float32 features predicts float32, which a table refuses."""
+    targets = np.arange(len(shapes), dtype=np.float32)[:, None] % 7
+    test = shapes.split("test")
+
+    def score(predicted):
+        assert predicted.dtype == np.float64
+        return -((predicted - targets[test.indices]) ** 2).mean(axis=1)
+
+    found = measure_baselines(test, targets, "r2", score, score(np.zeros((len(test), 1))))
+    assert [one.name for one in found] == list(METHODS)
+
+
 def test_a_class_of_a_single_series_is_no_error_among_many_series(dataset, monkeypatch):
     train, test = dataset.split("train"), dataset.split("test")
     labels = dataset.labels[train.indices].copy()

@@ -69,6 +69,8 @@ def test_it_becomes_champion_without_an_encoder(house):
     outputs = Path(first["evaluation_report"]["report"]).parent
     assert (outputs / "plots" / "embedding_map.png").exists()
     assert not (outputs / "encoder_package").exists()
+    card = (outputs / "package" / "MODEL_CARD.md").read_text()
+    assert "Rotary Masked Autoencoder, trained on 3 classes" in card and "retrained" not in card
     client = connect(MlflowSettings(), folder / "roma" / "mlflow")
     assert [model.name for model in client.search_registered_models()] == ["waves"]
     facts = lineage_of(client, "waves/1").facts
@@ -115,7 +117,7 @@ def test_its_section_finetuning_is_validated_as_a_whole(tmp_path):
     assert default_space(Experiment.parse(attributes(tmp_path)))
     for model, sentence in (
         ({"n_channels": 2}, r"finetuning\.model\.n_channels: determined by the data set"),
-        ({"mask_ratio": 0.5}, r"finetuning\.model\.mask_ratio: not a setting"),
+        ({"mask_ratio": 0.5}, r"finetuning\.model\.mask_ratio: of pretraining, which is null"),
         ({"encoder_config": {"depth": -1}}, r"finetuning\.model\.encoder_config\.depth"),
     ):
         sections = attributes(tmp_path)
@@ -134,7 +136,8 @@ def test_an_empty_section_is_not_taken_for_one_with_default_settings(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"pretrained_from": "tides"}, "`pretraining` has no effect"),
+        ({"pretrained_from": "tides"}, "pretraining: null means new weights"),
+        ({"resources": {"pretraining": {"nodes": 1}}}, "resources.pretraining: has no effect"),
         (
             {"task": "interpolation", "finetuning": {}},
             "pretraining: null: an interpolation registers",

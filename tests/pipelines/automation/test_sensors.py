@@ -295,7 +295,8 @@ def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
         work = run_drift_job(folder, folder.attempt(1))
         assert (folder.path / work.outputs["drift"]).read_bytes().startswith(b"\x89PNG")
         assert work.facts["series"] == 200
-        assert work.facts["features"] == "not compared: the champion has no encoder tag"
+        reason = "no encoder is registered with the champion, as after `pretraining: null`"
+        assert work.facts["features"] == f"not compared: {reason}"
         return work.facts["effects"]["value.value psi"]
 
     assert psi() < 0.1

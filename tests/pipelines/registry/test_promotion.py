@@ -246,6 +246,15 @@ def test_the_encoder_follows_its_classifier_there_and_back(versions, encoders):
     assert version_at(versions, encoders, CHAMPION) == "1"
 
 
+def test_a_champion_without_encoder_leaves_that_of_another_one_no_champion(versions, encoders):
+    move(versions, "1")
+    versions.delete_model_version_tag(NAME, "2", ENCODER_TAG)
+    move(versions, "2")
+    assert version_at(versions, encoders, CHAMPION) is None
+    rollback(versions, NAME, actor="tester", reason="drifts")
+    assert version_at(versions, encoders, CHAMPION) == "1"
+
+
 def test_a_promotion_that_dies_before_the_encoder_is_finished_by_the_next_one(
     versions, encoders, monkeypatch
 ):
