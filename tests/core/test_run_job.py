@@ -9,6 +9,7 @@ import pytest
 from roma_core.claim import ATTEMPT_VARIABLE
 from roma_core.job import JobFolder
 from roma_core.run_job import Work, run_in_folder
+from tests.time_limits import wait_until
 
 RUN = """
 import os, signal, subprocess, sys
@@ -69,10 +70,16 @@ def test_beats_go_on_while_the_process_computes_and_stop_while_it_waits(tmp_path
     with attempt.beating(0.05) as advanced:
         while not attempt.heartbeat.exists():
             pass
-        time.sleep(0.2)
+
+        def is_quiet():
+            last = attempt.heartbeat.read_text()
+            time.sleep(0.3)
+            return attempt.heartbeat.read_text() == last
+
+        wait_until(
+            is_quiet, 10, "the end of beats"
+        )  # other threads of the test's process may compute
         last = attempt.heartbeat.read_text()
-        time.sleep(0.3)
-        assert attempt.heartbeat.read_text() == last
         advanced.set()
         while attempt.heartbeat.read_text() == last:
             time.sleep(0.01)

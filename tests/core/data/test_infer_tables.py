@@ -248,7 +248,7 @@ def test_a_target_column_makes_a_regression(tmp_path, has_objects, target, level
     assert target not in [one["column"] for one in columns["channels"]]
     assert f"targets: {target}, of every {level}" in inferred.notes
     assert not [line for line in inferred.warnings if target in line]
-    finetuning = proposal.sizes.finetuning
+    finetuning = proposal.sizes.trainings["finetuning"]
     assert proposal.task == "regression" and "label_smoothing" not in finetuning["trainer"]
     assert finetuning["model"]["pooling"] == ("mean" if level == "series" else "token")
     schema = StoredDataset(path).schema
@@ -264,7 +264,7 @@ def test_dense_series_of_which_numbers_are_missing_are_not_complete(tmp_path, sh
 
     inferred = infer_source([tmp_path / "dense.csv"], ColumnRoles())
     statistics = source_statistics(source_config(inferred.config).open(tmp_path))
-    trainer = propose(statistics).sizes.finetuning["trainer"]
+    trainer = propose(statistics).sizes.trainings["finetuning"]["trainer"]
 
     assert (statistics.grid_fill, statistics.observed) == (1.0, share)
     assert trainer["augment_drop_rate"] == (0.0 if share == 1 else 0.75)

@@ -314,7 +314,7 @@ def test_a_regressor_of_series_is_packaged_with_its_spread(tmp_path):
     assert 0 < metrics["coverage_95"]["value"] <= 1 and metrics["by_position"] == []
     assert not (out / "plots" / "by_position.png").exists()
     card = (out / "package" / "MODEL_CARD.md").read_text()
-    assert "finetuned on targets of whole series" in card and "| decay | s |" in card
+    assert "trained on targets of whole series" in card and "| decay | s |" in card
 
 
 def test_what_cannot_be_evaluated_is_explained(places, tmp_path):
