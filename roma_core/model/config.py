@@ -185,18 +185,14 @@ class RoMAConfig(RomaSettings):
         if len(self.position_axes) not in (0, self.n_pos_dims):
             names = f"{len(self.position_axes)} axes ({', '.join(axis.name for axis in self.position_axes)})"
             yield f"position_axes describes {names}, but n_pos_dims={self.n_pos_dims}"
-        stacks = (
-            (name, getattr(self, name, None)) for name in ("encoder_config", "decoder_config")
-        )
-        for name, stack in stacks:
+        for name in ("encoder_config", "decoder_config"):
+            stack: EncoderConfig | None = getattr(self, name, None)
             if stack is None:
                 continue
             n_pairs, n_axes = stack.head_width // 2, len(self.rotary_axes)
             if not is_absolute and n_pairs < n_axes:
-                width = (
-                    f"{name}: heads of width {stack.head_width} have {n_pairs} pairs of channels"
-                )
-                yield f"{width}, fewer than the {n_axes} rotary axes; use fewer heads or a larger d_model"
+                heads = f"heads of width {stack.head_width} have {n_pairs} pairs of channels"
+                yield f"{name}: {heads}, fewer than the {n_axes} rotary axes; use fewer heads or a larger d_model"
             if is_absolute and stack.d_model % 2:
                 yield f"{name}: d_model={stack.d_model} is odd; the absolute table needs an even width"
 

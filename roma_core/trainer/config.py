@@ -77,9 +77,9 @@ class TrainerConfig(RomaSettings):
     gradient_accumulation_steps: Resumable[int] = Field(1, gt=0)
     """Micro-batches per step."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
-    """Precision of forward and backward. 'auto' is bf16 where the device multiplies 16-bit matrices, else
-    no: on GPUs from compute capability 8.0, and on CPUs with AMX, where a training step then took 0.5 to 0.9
-    of the time. null takes the value of `accelerate launch`, else no."""
+    """Precision of forward and backward. 'auto' is bf16 on GPUs from compute capability 8.0 and, for models
+    with `window` or at least 128 wide, on CPUs with AMX (narrower ones were slower in 16 bits), else no.
+    null takes the value of `accelerate launch`, else no."""
     sharding: Resumable[Literal["none", "fsdp"]] = "none"
     """'fsdp' shards weights, gradients and optimiser state over all processes (FSDP2), for a model
     that does not fit into one device; 'none' keeps a full copy in each."""

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch import Tensor, nn
 
 from roma_core.model.attention import has_matrix_units
+from roma_core.model.backbone import Backbone
 from roma_core.model.encoder import Block
 from roma_core.trainer.config import TrainerConfig
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def init_accelerator(config: TrainerConfig) -> Accelerator:
+def init_accelerator(config: TrainerConfig, model: Backbone | None = None) -> Accelerator:
     """The Accelerator of this process, started by ``python``, ``accelerate`` or ``torchrun``.
 
     Raises ValueError if the launcher is configured to shard the model.
@@ -35,7 +36,7 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
     on_cpu, precision = not torch.accelerator.is_available(), config.mixed_precision
     if precision == "auto":
         device = PartialState(cpu=on_cpu).device
-        precision = "bf16" if all(gather_object([_multiplies_16_bits(device)])) else "no"
+        precision = "bf16" if all(gather_object([_gains_by_16_bits(device, model)])) else "no"
         log.info(f"mixed_precision auto: {precision}")
     AcceleratorState._reset_state()  # an earlier training of this process may have had another one
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
@@ -52,10 +53,12 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
     return accelerator
 
 
-def _multiplies_16_bits(device: torch.device) -> bool:
+def _gains_by_16_bits(device: torch.device, model: Backbone | None) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and has_matrix_units()
+    # at width 64 conversions cost more than products save, but for the convolutions of windows
+    is_wide = model is None or model.stem is not None or model.config.encoder_config.d_model >= 128
+    return device.type == "cpu" and is_wide and has_matrix_units()
 
 
 class HostGroup:

@@ -130,7 +130,7 @@ class Trainer:
         """Load the newest checkpoint, and create everything a run needs."""
         config = self.config
         self.group = group = init_group()
-        self.accelerator = accelerator = init_accelerator(config)
+        self.accelerator = accelerator = init_accelerator(config, model)
         _check_settings(
             config, model, train_dataset, test_dataset, self._evaluate_callback is not None
         )
