@@ -73,7 +73,7 @@ class TrainerConfig(RomaSettings):
     # settings of this project
     tokens_per_batch: int | None = Field(None, gt=0)
     """Approximate tokens per process and micro-batch, with windows observations, in place of batch_size;
-    series of similar length are batched together, unless the model has `window`. null: batch_size."""
+    series of similar length come together unless the model has `window`. null: batches of batch_size."""
     gradient_accumulation_steps: Resumable[int] = Field(1, gt=0)
     """Micro-batches per step."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None

@@ -130,8 +130,8 @@ def default_settings(
         if is_few:
             depth, finetrainer["encoder_lr_scale"] = 2, 0.03
             finetuning_reason += "; attention learns slower: it fits few series by heart"
-    # without CLS at position 0, a second axis such as a band is known by differences only
     encoder = {**stack, "depth": depth}
+    # without CLS at position 0, a second axis such as a band is known by differences only
     shape = {"encoder_config": encoder, "use_cls": use_cls, **embedding}
     dropouts = {"drop_path_rate": 0.1, "hidden_drop_rate": 0.1}
     finetuning: dict[str, Any] = {"encoder_config": dropouts, "head_drop_rate": 0.1}

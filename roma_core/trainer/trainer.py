@@ -141,7 +141,7 @@ class Trainer:
         state, tensors = (checkpoint.state, checkpoint.tensors) if checkpoint else (None, None)
         global_batch_size = state.global_batch_size if state else None
         self.sampler = make_sampler(config, train_dataset, group.size, global_batch_size)
-        if getattr(model, "stem", None) is not None:  # normalises over a batch: not of like series
+        if getattr(model, "stem", None) is not None:  # its batch normalisation needs all lengths
             self.sampler.sorts = False
         self.total_steps = config.epochs * self.sampler.batches_per_epoch
         if state:

@@ -191,6 +191,28 @@ def test_a_wrong_setting_is_an_error_before_anything_is_trained(changes, y, mess
         model.fit(X, labels if changes else y)
 
 
+def test_fields_of_pretraining_ask_for_one_and_few_dense_series_alone_for_none(monkeypatch):
+    begun = []
+
+    def trained(self, root, task, *_):
+        begun.append(task)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RoMAClassifier, "_trained", trained)
+    X = np.random.default_rng(0).normal(size=(12, 1, 80)).astype(np.float32)
+    y = ["a", "b"] * 6
+    for given in (
+        {},
+        {"pretrain": False, "model": {"mask_ratio": 0.5}},
+        {"model": {"mask_ratio": 0.5}},
+        {"model": {"window": 0}},
+        {"pretrain": True},
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            RoMAClassifier(**given, verbose=False).fit(X, y)
+    assert begun == ["finetune"] * 2 + ["pretrain"] * 3
+
+
 def test_searches_and_cross_validation_take_it():
     X, y = irregular()
     model = RoMAClassifier(pretrain=False, **TINY)
