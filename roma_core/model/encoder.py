@@ -89,38 +89,45 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``(…, d)`` and the ``(o, d)`` weight of the product that follows; the gain is in one of them.
+
+        It is in the weight where a CPU computes a gradient, which saves two passes over all rows.
+        """
         exact = x if x.dtype == torch.float64 else x.float()
         gain = self.weight.to(exact.dtype)
-        if x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
             normed = F.rms_norm(exact, gain.shape, gain, self.eps)
         else:
-            normed = _CpuRMSNorm.apply(exact, gain, self.eps)
-        return normed.to(self.weight.dtype)
+            weight = weight * self.weight
+            if torch.compiler.is_compiling():
+                normed = F.rms_norm(exact, gain.shape, None, self.eps)
+            else:
+                normed = _CpuRMSNorm.apply(exact, self.eps)
+        return normed.to(self.weight.dtype), weight
 
 
 class _CpuRMSNorm(torch.autograd.Function):
     """The gradient through LayerNorm's fused kernel.
 
-    With mean 0, LayerNorm's gradient for x is RMSNorm's less ``rstd · mean(gain · grad)``.
+    With mean 0, LayerNorm's gradient is RMSNorm's less ``rstd · mean(grad)``.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         rstd = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, gain, rstd)
-        return (x * rstd).mul_(gain)
+        ctx.save_for_backward(x, rstd)
+        return x * rstd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, gain, rstd = ctx.saved_tensors
-        grad_x, grad_gain, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, gain.shape, torch.zeros_like(rstd), rstd, gain, None, (True, True, False)
+        x, rstd = ctx.saved_tensors
+        grad_x, *_ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], torch.zeros_like(rstd), rstd, None, None, (True, False, False)
         )
-        grad_x.add_((grad @ gain).unsqueeze(-1).mul_(rstd).div_(x.shape[-1]))
-        return grad_x, grad_gain, None
+        return grad_x.add_(grad.mean(-1, keepdim=True).mul_(rstd)), None
 
 
 Rows = Tensor | tuple[slice, slice]  # (R,) int64 of packed rows; series and tokens of padded ones
@@ -159,19 +166,19 @@ class Attention(nn.Module):
         return F.dropout(x, self.config.pos_drop_rate, self.training)
 
     def queries_keys_values(
-        self, x: Tensor, rotations: Rotations, rows: Rows | None = None
+        self, x: Tensor, weight: Tensor, rotations: Rotations, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(…, d)`` → rotated q and k, and v, each ``(…, h, w)``.
+        """``(…, d)``, the weight of qkv → rotated q and k, and v, each ``(…, h, w)``.
 
         With ``rows``, an index of x and rotations, q is made for these rows alone.
         """
         nhead, heads = self.config.nhead, (-1, self.config.head_width)
         if rows is None:
-            qkv = linear(x, self.qkv.weight).unflatten(-1, heads)
+            qkv = linear(x, weight).unflatten(-1, heads)
             qk, v = qkv.split((2 * nhead, nhead), dim=-2)
             q, k = self._rotated(qk, rotations).chunk(2, dim=-2)
             return q, k, v
-        w_q, w_kv = self.qkv.weight.split((self.width, 2 * self.width))
+        w_q, w_kv = weight.split((self.width, 2 * self.width))
         q = linear(x[rows], w_q).unflatten(-1, heads)
         k, v = linear(x, w_kv).unflatten(-1, heads).chunk(2, dim=-2)
         q = self._rotated(q, None if rotations is None else rotations[rows])
@@ -205,7 +212,8 @@ class Block(nn.Module):
         self, x: Tensor, rotations: Rotations, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(…, d)`` → q, k, v of ``(…, h, w)``; q for ``rows`` alone if they are given."""
-        return self.attention.queries_keys_values(self.attention_norm(x), rotations, rows)
+        normed = self.attention_norm(x, self.attention.qkv.weight)
+        return self.attention.queries_keys_values(*normed, rotations, rows)
 
     def after(
         self, x: Tensor, heads: Tensor, scales: tuple[Tensor, Tensor] | None = None
@@ -213,7 +221,7 @@ class Block(nn.Module):
         """``(…, d)`` and attention's ``(…, h, w)`` → ``(…, d)``; ``scales`` are drop path's."""
         branch = self.attention.mix(heads)
         x = x + (branch if scales is None else branch * scales[0])
-        branch = linear(linear_silu(self.ffn_norm(x), self.w1.weight), self.w2.weight)
+        branch = linear(linear_silu(*self.ffn_norm(x, self.w1.weight)), self.w2.weight)
         branch = F.dropout(branch, self.hidden_drop_rate, self.training)
         return x + (branch if scales is None else branch * scales[1])
 
@@ -304,7 +312,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(self.drop(x)))
+        return F.linear(*self.norm(self.drop(x), self.linear.weight), self.linear.bias)
 
 
 def initialise(module: nn.Module) -> None:

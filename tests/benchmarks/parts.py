@@ -131,9 +131,9 @@ def main() -> None:
     valid = torch.arange(longest) < segments.sizes[:, None]
 
     pairs: Mapping[str, tuple[Work, Work]] = {
-        "RMSNorm, both ways": (
-            both_ways(lambda: F.rms_norm(x, (192,), norm.weight, 1e-12)),
-            both_ways(lambda: norm(x)),
+        "RMSNorm and 192 → 768, both ways": (
+            both_ways(lambda: F.linear(F.rms_norm(x, (192,), norm.weight, 1e-12), hidden)),
+            both_ways(lambda: linear(*norm(x, hidden))),
         ),
         "192 → 768, both ways": (
             both_ways(lambda: F.linear(x, hidden)),

@@ -105,38 +105,39 @@ def test_compiled_regions_compute_the_same_without_recompiling_for_lengths():
 
     step(compiled, 31)
     torch._dynamo.utils.counters.clear()
-    for n in (7, 13, 30):
+    for n in (7, 13, 30, 2_200):  # the last one has more rows than the compiler adds up at once
         ours, theirs = step(compiled, n), step(eager, n)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch._dynamo.utils.counters["frames"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_norm_and_its_gradient_are_those_of_the_framework(dtype):
+def test_the_norm_before_a_product_and_its_gradient_are_those_of_the_framework(dtype):
     torch.manual_seed(0)
-    norm = RMSNorm(12, 1e-12)
+    norm, product = RMSNorm(12, 1e-12), torch.nn.Linear(12, 4, bias=False)
     with torch.no_grad():
         norm.weight.normal_()
     if dtype == torch.float64:
         norm.double()
+        product.double()
     x = torch.randn(5, 7, 12, dtype=dtype, requires_grad=True)
-    exact = x.detach().double().requires_grad_()
-    gain = norm.weight.detach().double().requires_grad_()
-    weight = torch.randn(5, 7, 12, dtype=torch.float64)
-    expected = F.rms_norm(exact, (12,), gain, 1e-12)
-    wanted = torch.autograd.grad((expected * weight).sum(), (exact, gain))
+    leaves = x, norm.weight, product.weight
+    exact, gain, matrix = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    expected = F.linear(F.rms_norm(exact, (12,), gain, 1e-12), matrix)
+    read = torch.randn(5, 7, 4, dtype=torch.float64)
+    wanted = torch.autograd.grad((expected * read).sum(), (exact, gain, matrix))
     close = (
         {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     )
 
-    out = norm(x)
-    grads = torch.autograd.grad((out.double() * weight).sum(), (x, norm.weight))
+    out = F.linear(*norm(x, product.weight))
+    grads = torch.autograd.grad((out.double() * read).sum(), leaves)
 
     assert out.dtype == norm.weight.dtype
     torch.testing.assert_close(out.double(), expected, **close)
     torch.testing.assert_close([g.double() for g in grads], list(wanted), **close)
     with torch.no_grad():
-        torch.testing.assert_close(norm(x).double(), expected, **close)
+        torch.testing.assert_close(F.linear(*norm(x, product.weight)).double(), expected, **close)
 
 
 @pytest.mark.parametrize("rows", [3, MIN_ONEDNN_ROWS])
