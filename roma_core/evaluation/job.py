@@ -135,9 +135,7 @@ class _Evaluator:
         self.dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
         self.test = self.dataset.split("test")
         if len(self.test) == 0:
-            raise ValueError(
-                f"{config.dataset} has no test series; build it with some: see `split`"
-            )
+            raise ValueError(f"{config.dataset} has no test series; build it with `split`")
         self.model: RoMAForClassification | None = None
         self.autoencoder: RoMAForPreTraining | None = None
         if (weights := config.classifier) is not None:
@@ -480,9 +478,7 @@ def _check_outputs(model: RoMAForClassification, dataset: StoredDataset) -> None
     schema, config = dataset.schema, model.config
     if config.problem_type == "classification":
         if dataset.labels is None:
-            raise ValueError(
-                f"{dataset.path} has no labels; evaluate a classifier on labelled data"
-            )
+            raise ValueError(f"{dataset.path} has no labels; a classifier is evaluated on labels")
         return
     k, level = len(schema.targets), "observation" if config.pools == "token" else "series"
     if level != schema.target_level or config.dim_output != k:

@@ -463,9 +463,7 @@ def drift_figure(profile: drift.ReferenceProfile, sample: drift.InputSample) -> 
     """
     found = [e for e in drift.drift_effects(profile, sample) if e.measure == "psi"]
     if not found:
-        raise ValueError(
-            "no quantity of the series is in the profile, so there is no drift to draw"
-        )
+        raise ValueError("no quantity of the series is in the profile, so no drift can be drawn")
     fractions = drift.bin_fractions(profile, sample)
     drawn = [e.quantity for e in found if e.quantity in fractions][:_N_HISTOGRAMS]
     figure = Figure((10.5, max(3.6, 0.9 + 0.28 * min(len(found), _N_BARS))))

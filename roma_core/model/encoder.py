@@ -286,7 +286,7 @@ class Encoder(nn.Module):
         A last block of which few rows are read, as of a classifier's CLS, is not compiled.
 
         Attention stays one operator between the regions, so lengths never cause a recompilation.
-        The first step after this takes up to a minute; ``tests/benchmarks/model.py`` measures the gain.
+        The first step after this takes half a minute; ``tests/benchmarks/model.py`` measures the gain.
         """
         for block in self.layers:
             assert isinstance(block, Block)

@@ -78,9 +78,7 @@ def load_weights(
             f"{folder}: {WEIGHTS} lacks {', '.join(lost)}; it is incomplete or of another model"
         )
     if ignored and not new_head:
-        raise ValueError(
-            f"{folder}: {WEIGHTS} has tensors that the model lacks: {', '.join(ignored)}"
-        )
+        raise ValueError(f"{folder}: {WEIGHTS} has tensors the model lacks: {', '.join(ignored)}")
     model.load_state_dict({key: weights[key] for key in carried}, strict=False)
     log.info(
         f"{folder}: carried {len(carried)} tensors ({_parts(carried)}); new {len(kept)} ({_parts(kept)}); "

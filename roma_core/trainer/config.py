@@ -138,6 +138,11 @@ class TrainerConfig(RomaSettings):
     background_checkpoints: Resumable[bool] = True
     """Write checkpoints in a background thread; false: training waits for them."""
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_false_to_yaml(cls, value: Any) -> Any:
+        return "no" if value is False else value
+
     @field_validator("class_weights")
     @classmethod
     def _class_weights_are_finite(cls, value: Any) -> Any:
@@ -162,9 +167,7 @@ class TrainerConfig(RomaSettings):
                 "leave fused out of optimizer_args, or use adamw"
             )
         if self.final_weights == "best" and self.keep_best == 0:
-            raise ValueError(
-                "final_weights=best needs a best checkpoint: set keep_best to 1 or more"
-            )
+            raise ValueError("final_weights=best needs a best checkpoint: set keep_best above 0")
         return self
 
     @classmethod

@@ -118,7 +118,7 @@ def default_settings(
     finetrainer["augment_drop_rate"] = 0.3
     if is_dense:
         is_complete = size.grid_fill * size.observed >= _COMPLETE
-        finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.75
+        finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.5
         if is_complete:
             finetuning_reason += "; no observations are dropped: hardly any are missing"
             if is_few:

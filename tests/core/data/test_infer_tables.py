@@ -267,7 +267,7 @@ def test_dense_series_of_which_numbers_are_missing_are_not_complete(tmp_path, sh
     trainer = propose(statistics).sizes.trainings["finetuning"]["trainer"]
 
     assert (statistics.grid_fill, statistics.observed) == (1.0, share)
-    assert trainer["augment_drop_rate"] == (0.0 if share == 1 else 0.75)
+    assert trainer["augment_drop_rate"] == (0.0 if share == 1 else 0.5)
 
 
 def test_a_number_that_recurs_far_away_is_pointed_at(tmp_path):
