@@ -266,9 +266,7 @@ def learning_curve(records: Iterable[Mapping[str, Any]], weights_step: int | Non
     panels = {q: [name for name in sorted(lines) if name.split("/")[-1] == q] for q in _CURVES}
     panels = {quantity: names for quantity, names in panels.items() if names}
     if not panels:
-        raise ValueError(
-            f"no metric ends with one of {list(_CURVES)}; the records hold {sorted(lines)}"
-        )
+        raise ValueError(f"no metric ends with one of {list(_CURVES)}; there are {sorted(lines)}")
     figure = Figure((4.4 * len(panels) + 0.4, 3.3))
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (quantity, names) in zip(row, panels.items(), strict=True):

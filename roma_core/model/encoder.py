@@ -92,42 +92,43 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``(…, d)`` and the ``(o, d)`` weight of the product that follows; the gain is in one of them.
 
-        It is in the weight where a CPU computes a gradient, which saves two passes over all rows.
+        It is in the weight where a gradient is compiled for a CPU: the gain's own gradient would be a sum
+        over all rows, of which the compiler makes a second variant beyond 4,096.
         """
         exact = x if x.dtype == torch.float64 else x.float()
         gain = self.weight.to(exact.dtype)
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
+        if x.is_cuda or not torch.is_grad_enabled():
             normed = F.rms_norm(exact, gain.shape, gain, self.eps)
-        else:
+        elif torch.compiler.is_compiling():
+            normed = F.rms_norm(exact, gain.shape, None, self.eps)
             weight = weight * self.weight
-            if torch.compiler.is_compiling():
-                normed = F.rms_norm(exact, gain.shape, None, self.eps)
-            else:
-                normed = _CpuRMSNorm.apply(exact, self.eps)
+        else:
+            normed = _CpuRMSNorm.apply(exact, gain, self.eps)
         return normed.to(self.weight.dtype), weight
 
 
 class _CpuRMSNorm(torch.autograd.Function):
     """The gradient through LayerNorm's fused kernel.
 
-    With mean 0, LayerNorm's gradient is RMSNorm's less ``rstd · mean(grad)``.
+    With mean 0, LayerNorm's gradient for x is RMSNorm's less ``rstd · mean(gain · grad)``.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         rstd = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, rstd)
-        return x * rstd
+        ctx.save_for_backward(x, gain, rstd)
+        return (x * rstd).mul_(gain)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, rstd = ctx.saved_tensors
-        grad_x, *_ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], torch.zeros_like(rstd), rstd, None, None, (True, False, False)
+        x, gain, rstd = ctx.saved_tensors
+        grad_x, grad_gain, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, gain.shape, torch.zeros_like(rstd), rstd, gain, None, (True, True, False)
         )
-        return grad_x.add_(grad.mean(-1, keepdim=True).mul_(rstd)), None
+        grad_x.add_((grad @ gain).unsqueeze(-1).mul_(rstd).div_(x.shape[-1]))
+        return grad_x, grad_gain, None
 
 
 Rows = Tensor | tuple[slice, slice]  # (R,) int64 of packed rows; series and tokens of padded ones
@@ -212,8 +213,8 @@ class Block(nn.Module):
         self, x: Tensor, rotations: Rotations, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(…, d)`` → q, k, v of ``(…, h, w)``; q for ``rows`` alone if they are given."""
-        normed = self.attention_norm(x, self.attention.qkv.weight)
-        return self.attention.queries_keys_values(*normed, rotations, rows)
+        x, weight = self.attention_norm(x, self.attention.qkv.weight)
+        return self.attention.queries_keys_values(x, weight, rotations, rows)
 
     def after(
         self, x: Tensor, heads: Tensor, scales: tuple[Tensor, Tensor] | None = None
@@ -286,7 +287,7 @@ class Encoder(nn.Module):
         A last block of which few rows are read, as of a classifier's CLS, is not compiled.
 
         Attention stays one operator between the regions, so lengths never cause a recompilation.
-        The first step after this takes half a minute; ``tests/benchmarks/model.py`` measures the gain.
+        The first step after this takes up to a minute; ``tests/benchmarks/model.py`` measures the gain.
         """
         for block in self.layers:
             assert isinstance(block, Block)
@@ -312,7 +313,8 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(*self.norm(self.drop(x), self.linear.weight), self.linear.bias)
+        x, weight = self.norm(self.drop(x), self.linear.weight)
+        return F.linear(x, weight, self.linear.bias)
 
 
 def initialise(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import SettingsConfigDict
 
@@ -149,6 +150,12 @@ def test_a_section_can_become_none_and_come_back(monkeypatch):
 def test_a_made_default_keeps_its_other_leaves(monkeypatch):
     monkeypatch.setenv("ROMA_VAULT_MADE__NAME", "a")
     assert VaultSettings().made == Section(size=7, name="a")
+
+
+def test_yaml_reads_no_as_false_and_it_is_no_precision(env_file):
+    assert TrainerConfig(**yaml.safe_load("mixed_precision: no")).mixed_precision == "no"
+    with pytest.raises(SettingsError, match="'auto', 'no', 'bf16' or 'fp16'"):
+        TrainerConfig(**yaml.safe_load("mixed_precision: yes"))
 
 
 def test_a_dictionary_is_one_value(env_file, monkeypatch):

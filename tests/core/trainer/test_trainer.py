@@ -94,7 +94,6 @@ def test_the_processor_determines_the_precision_of_auto_in_every_training(
     auto = config(tmp_path, mixed_precision="auto")
     for made, expected in ((classifier, "no"), (autoencoder_of_windows, "bf16")):  # 16 wide
         assert init_accelerator(auto, made()).mixed_precision == expected
-    assert config(tmp_path, mixed_precision=False).mixed_precision == "no"  # YAML's `no`
     # null is that of the launcher, not that of the training before
     assert init_accelerator(config(tmp_path)).mixed_precision == "no"
 

@@ -337,7 +337,7 @@ def test_few_dense_series_are_not_pretrained_unless_that_is_asked_for():
 
 @pytest.mark.parametrize(
     ("grid_fill", "observed", "dropped"),
-    [(1, 1, 0), (0.95, 1, 0), (0.9, 1, 0.75), (0.5, 1, 0.75), (1, 0.9, 0.75), (0, 1, 0.3)],
+    [(1, 1, 0), (0.95, 1, 0), (0.9, 1, 0.5), (0.5, 1, 0.5), (1, 0.9, 0.5), (0, 1, 0.3)],
 )
 def test_observations_are_dropped_at_random_where_some_are_missing(grid_fill, observed, dropped):
     size = DatasetSize(200, 40_000, n_channels=1, grid_fill=grid_fill, observed=observed)
