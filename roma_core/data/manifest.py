@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{folder} has no {MANIFEST}; build a data set there: roma data build")
+        raise DataError(f"{folder} has no {MANIFEST}; build a data set: roma data build")
     try:
         document = read_json(path)
         version = document.get("schema_version") if isinstance(document, dict) else None
