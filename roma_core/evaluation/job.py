@@ -135,7 +135,7 @@ class _Evaluator:
         self.dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
         self.test = self.dataset.split("test")
         if len(self.test) == 0:
-            raise ValueError(f"{config.dataset} has no test series; build it with `split`")
+            raise ValueError(f"{config.dataset} has no test series; set its `split` and build it")
         self.model: RoMAForClassification | None = None
         self.autoencoder: RoMAForPreTraining | None = None
         if (weights := config.classifier) is not None:

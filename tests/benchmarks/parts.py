@@ -133,7 +133,7 @@ def main() -> None:
     pairs: Mapping[str, tuple[Work, Work]] = {
         "RMSNorm and 192 → 768, both ways": (
             both_ways(lambda: F.linear(F.rms_norm(x, (192,), norm.weight, 1e-12), hidden)),
-            both_ways(lambda: linear(*norm(x, hidden))),
+            both_ways(lambda: F.linear(*norm(x, hidden))),
         ),
         "192 → 768, both ways": (
             both_ways(lambda: F.linear(x, hidden)),
