@@ -85,7 +85,11 @@ class SlowSines(Sines):
 
 
 class StuckSines(Sines):
-    """Every second item blocks."""
+    """Every second item blocks, and a loader that ends waits 1,000 s for each of its processes."""
+
+    def __setstate__(self, state: dict) -> None:
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1000.0
+        self.__dict__.update(state)
 
     def __getitem__(self, i: int) -> dict:
         if i % 2:
