@@ -3,8 +3,8 @@
 A dense series has its information in the shape of many small steps. Attention over single steps is slow
 and finds shapes late; a window of p steps, described by convolutions over its own and its neighbours'
 steps, is a token that has a shape. Steps that were not observed are interpolated and flagged, so that a
-series with gaps stays one. Windows follow from positions alone: data sets, masks, queries and requests
-keep single observations.
+series with gaps stays one. Numbers are given as they are and relative to their series' mean and spread.
+Windows follow from positions alone: data sets, masks, queries and requests keep single observations.
 
 Shapes:  T observations   W windows   S = W · p steps   C channels   f features
 """
@@ -23,6 +23,7 @@ from roma_core.model.embedding import filled
 
 _KERNEL = 7  # steps that a convolution sees
 _MOMENTUM = 0.1  # of the running statistics
+_FLAT = 1e-7  # smaller deviations within a series are not enlarged
 _MAX_GAP = 8  # windows; a longer gap ends a convolution
 
 
@@ -41,6 +42,8 @@ class _Steps:
 
     numbers: Tensor  # (S, C), 0 where not observed
     flags: Tensor  # (S, C), 1 where observed
+    mean: Tensor  # (S, C) float64, of the observed numbers of the series
+    spread: Tensor  # (S, C) float64, their standard deviation
     series: Tensor  # (S,) int64
     index: Tensor  # (S,) int64, on the grid
     inside: Tensor  # (S,), 1 between the first and the last observation of the series, else 0
@@ -75,6 +78,16 @@ def window_of(positions: Tensor, series: Tensor, n_series: int, config: RoMAConf
     least = time.new_full((n_series,), torch.inf).scatter_reduce(0, series, time, "amin")
     index = steps_of(time, least[series], config.grid_step)
     return index.div(config.window, rounding_mode="floor")
+
+
+def _moments(numbers: Tensor, flags: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """``(T, C)`` float64 twice, in each series' ``first`` row: mean and deviation of its observed numbers."""
+    exact, seen = numbers.double(), flags.double()
+    zeros = torch.zeros_like(exact)
+    count = zeros.index_add(0, first, seen).clamp(min=1)
+    mean = zeros.index_add(0, first, exact) / count
+    squares = ((exact - mean[first]) * seen).square()
+    return mean, (zeros.index_add(0, first, squares) / count).sqrt().clamp(min=_FLAT)
 
 
 def _runs(inside: Tensor) -> list[int]:
@@ -124,7 +137,7 @@ class Stem(nn.Module):
         assert config.grid_step is not None
         self.window, self.step, width = config.window, config.grid_step, config.stem_width
         dilations = [1, *(2**k for k in range(config.stem_layers))]
-        sizes = [2 * config.n_channels] + [width] * config.stem_layers
+        sizes = [3 * config.n_channels] + [width] * config.stem_layers
         self.convolutions = nn.ModuleList(
             nn.Conv1d(size, width, _KERNEL, padding="same", dilation=dilation, bias=False)
             for size, dilation in zip(sizes, dilations, strict=True)
@@ -138,7 +151,8 @@ class Stem(nn.Module):
         steps, windows = self._gather(tokens, positions, series)
         time, inside = steps.index[:, None].to(positions.dtype), steps.inside
         numbers = filled(steps.numbers, steps.flags, time, steps.series[:, None])
-        x = torch.cat((numbers, steps.flags), dim=1).T * inside
+        own = ((numbers.double() - steps.mean) / steps.spread).to(numbers.dtype)
+        x = torch.cat((numbers, own, steps.flags), dim=1).T * inside
         runs = _runs(inside) if self.training else None
         for n, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             found = convolution(x[None])[0]
@@ -178,11 +192,16 @@ class Stem(nn.Module):
         at = observed[window] * self.window + rows.index - begin[window]
         shape = n_all * self.window, values.shape[1]
         counts = values.new_zeros(shape).index_add(0, at, (~missing).to(values.dtype))
-        numbers = values.new_zeros(shape).index_add(0, at, values.masked_fill(missing, 0))
+        values = values.masked_fill(missing, 0)
+        numbers = values.new_zeros(shape).index_add(0, at, values)
+        mean, spread = _moments(values, (~missing).to(values.dtype), rows.first)
+        of_step = rows.first[row].repeat_interleave(self.window)
         middle = begin - rows.index[rows.first[head]] + (self.window - 1) / 2
         return _Steps(
             numbers=numbers / counts.clamp(min=1),
             flags=(counts > 0).to(values.dtype),
+            mean=mean[of_step],
+            spread=spread[of_step],
             series=rows.series[row].repeat_interleave(self.window),
             index=steps.flatten(),
             inside=inside.flatten().to(values.dtype),

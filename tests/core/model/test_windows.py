@@ -106,12 +106,29 @@ def test_the_first_convolution_of_a_dense_series_is_an_ordinary_one():
     with torch.no_grad():
         features, windows = stem(tokens, positions[0].T, torch.zeros(24, dtype=torch.int64))
         weight = stem.convolutions[0].weight
-        inputs = torch.cat((tokens, torch.ones_like(tokens)), dim=1).T[None]
+        own = (tokens - tokens.mean(0)) / tokens.std(0, correction=0)
+        inputs = torch.cat((tokens, own, torch.ones_like(tokens)), dim=1).T[None]
         steps = F.silu(F.conv1d(inputs, weight, padding="same") * (1 + 1e-5) ** -0.5)
     # the series begins at 3.0, step 6, in the middle of a window, and ends in the middle of one
     grid = F.pad(steps[0].T, (0, 0, 2, 2)).unflatten(0, (-1, 4))
     torch.testing.assert_close(features, grid.mean(1), rtol=1e-5, atol=1e-6)
     assert windows.positions[:, 0].tolist() == [2.75 + 2 * k for k in range(7)]
+
+
+def test_a_series_a_million_times_smaller_than_others_has_the_same_shape():
+    """As the currents of PLAID, whose series differ by six orders of magnitude."""
+    torch.manual_seed(0)
+    stem = Stem(classifier(**GRID).config).eval()
+    time, shape = torch.arange(40)[:, None] * 0.5, torch.randn(40, 2)
+    shape[3::5] = torch.nan  # a number is missing, not zero
+    tokens = torch.cat([shape * scale for scale in (1e-5, 1e-6, 1e-10, 0)])
+    series = torch.arange(4).repeat_interleave(40)
+    with torch.no_grad():
+        features, windows = stem(tokens, time.repeat(4, 1), series)
+    small, smaller, rounding, flat = (features[windows.series == k] for k in range(4))
+    torch.testing.assert_close(small, smaller, rtol=0, atol=1e-3)
+    torch.testing.assert_close(rounding, flat, rtol=0, atol=1e-2)  # it is not enlarged
+    assert (smaller - flat).abs().max() > 0.1
 
 
 def test_steps_between_observations_are_there_and_those_of_long_gaps_are_not():
@@ -159,7 +176,8 @@ def test_statistics_are_those_of_observed_series_not_of_the_blanks_between_them(
     time[41:] += 300  # a long gap between two whole windows
     series = (torch.arange(60) >= 20).long()
     features, _ = stem(tokens, time, series)
-    x = torch.cat((tokens, torch.ones_like(tokens)), dim=1).T.split([20, 21, 19], dim=1)
+    own = [(x - x.mean()) / x.std(correction=0) for x in tokens.split([20, 40])]
+    x = torch.cat((tokens, torch.cat(own), torch.ones_like(tokens)), 1).T.split([20, 21, 19], dim=1)
     norms = [torch.nn.BatchNorm1d(6).train() for _ in stem.norms]
     for n, (convolution, norm) in enumerate(zip(stem.convolutions, norms, strict=True)):
         found = torch.cat([convolution(part) for part in x], dim=1)
