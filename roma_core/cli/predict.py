@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,8 @@ _model_options = with_options(
     click.option(
         "--tracking-uri",
         envvar=["MLFLOW_TRACKING_URI", "ROMA_MLFLOW_TRACKING_URI"],
-        default="sqlite:///.roma/mlflow/mlflow.db",
-        show_default=True,
-        help="MLflow server or store of the model.",
+        default=lambda: f"sqlite:///{os.getenv('ROMA_STORAGE_ROOT', '.roma')}/mlflow/mlflow.db",
+        help="MLflow server or store of the model (default: that in ROMA_STORAGE_ROOT, or in .roma).",
     ),
     click.option(
         "--cache",
@@ -36,8 +36,8 @@ _model_options = with_options(
         "--split",
         default="test",
         show_default=True,
-        type=click.Choice(["train", "validation", "test"]),
-        help="Split to read if INPUT is a data set.",
+        type=click.Choice(["train", "validation", "test", "all"]),
+        help="Split to read if INPUT is a data set, or all of them.",
     ),
 )
 _options = with_options(

@@ -46,10 +46,15 @@ def infer_source(
     endings = {path.suffix.lower() for path in paths if path.is_file()}
     if endings and all(_CSV.search(path.name) for path in paths):
         endings = {".csv"}
-    if len(paths) == 1 and paths[0].is_dir():
-        if not (tables := _tables_below(paths[0], objects)):
-            return _folder(paths[0])
+    if len(paths) == 1 and paths[0].is_dir() and (tables := _tables_below(paths[0], objects)):
         return TableInference(tables, roles, objects).infer()
+    if (paths[0].is_dir() or endings & {".ts", ".npz"}) and roles != ColumnRoles():
+        raise DataError(
+            f"{paths[0]} has no columns, so leave out the options that name some; an .npz file has arrays "
+            f"values, positions, labels, targets, groups and splits, a folder a sub-folder per class"
+        )
+    if paths[0].is_dir() and len(paths) == 1:
+        return _folder(paths[0])
     if objects is not None and endings - {".parquet", ".csv"}:
         raise DataError("a table of objects goes with long tables, in Parquet or CSV, only")
     if endings == {".ts"}:

@@ -240,9 +240,11 @@ class TableInference:
             )
         if kinds[time] == "date" and roles.time is None:
             most_s = {name: numbers.max(initial=0) for name, numbers in first.items()}
-            if most_s[time] < 86400 and (days := [n for n in dates if most_s[n] > 1e8]):
+            clocks = [n for n in dates if most_s[n] < 86400]
+            days = [n for n in dates if most_s[n] > 1e8]
+            if clocks and days and (time in clocks or not (first[time] % 86400).any()):
                 raise DataError(
-                    f"{self.path}: {time!r} holds times of day and {days[0]!r} dates; join them in one "
+                    f"{self.path}: {clocks[0]!r} holds times of day and {days[0]!r} dates; join them in one "
                     f"column such as 2024-03-31 00:30, or pass --time COLUMN to use one alone"
                 )
         return time
@@ -257,6 +259,12 @@ class TableInference:
             )
         here = [n for n in self.targets if self.objects is None or n not in self.object_rows.names]
         moving = {n for n, found in self.contents.items() if found.n_varying}
+        for name in (name for name in here if name in moving):
+            if 20 * (found := self.contents[name]).n_varying <= found.n_repeated:
+                self.warnings.append(
+                    f"{name} changes within {found.n_varying} of {found.n_repeated:,} objects, so it is predicted "
+                    f"at every observation; if there is one for an object, correct those"
+                )
         varying = [n for n in here if n in moving or self.rows.kinds.get(n) == "list"]
         if varying not in ([], self.targets) or (self.objects is not None and varying != here):
             raise DataError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -304,8 +304,10 @@ class StoredDataset:
             **of_series,
         )
 
-    def split(self, name: Split) -> Subset:
-        """The series of one split, in stored order."""
+    def split(self, name: Split | Literal["all"]) -> Subset:
+        """The series of one split, or all, in stored order."""
+        if name == "all":
+            return Subset(self, np.arange(len(self)))
         if name not in SPLITS:
             raise ValueError(f"there is no split {name!r}; splits are {SPLITS}")
         return Subset(self, np.flatnonzero(self.splits == SPLITS.index(name)))

@@ -202,7 +202,8 @@ def metric_samples(
         areas.append(np.array([_areas(counts, *one) for one in ranked]))  # (K, 2, r)
     found = _headline(np.concatenate(sums), k)
     if ranked:
-        auroc, average_precision = _mean_known(np.concatenate(areas, axis=2))
+        known = np.ma.masked_invalid(np.concatenate(areas, axis=2)).mean(axis=0)
+        auroc, average_precision = known.filled(np.nan)
         found |= {"auroc": auroc, "average_precision": average_precision}
     return found
 
@@ -263,13 +264,6 @@ def _areas(counts: Floats, positive: Bools, scores: Floats) -> tuple[Floats, Flo
         auroc = 1 - (weight * above).sum(axis=1) / (n_true * n_false)
         precision = (weight * (at[1] / np.maximum(at[0], 1))).sum(axis=1) / n_true
     return auroc, np.where(n_false > 0, precision, np.nan)
-
-
-def _mean_known(areas: Floats) -> Floats:
-    """Means over the first axis of the numbers that are not NaN; NaN where all are."""
-    known = ~np.isnan(areas)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, areas, 0).sum(axis=0) / known.sum(axis=0)
 
 
 def _at_thresholds(table: PredictionTable) -> tuple[ThresholdMetrics, ...]:

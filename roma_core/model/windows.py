@@ -40,12 +40,7 @@ class Windows:
 class _Steps:
     """All steps of some windows, of those in short gaps between them, and blank ones between series."""
 
-    numbers: Tensor  # (S, C), 0 where not observed
-    flags: Tensor  # (S, C), 1 where observed
-    mean: Tensor  # (S, C) float64, of the observed numbers of the series
-    spread: Tensor  # (S, C) float64, their standard deviation
-    series: Tensor  # (S,) int64
-    index: Tensor  # (S,) int64, on the grid
+    inputs: Tensor  # (S, 3C): numbers, the same in the scale of their series, and 1 where observed
     inside: Tensor  # (S,), 1 between the first and the last observation of the series, else 0
     observed: Tensor  # (W,) int64, the windows that hold an observation among those of the steps
 
@@ -149,10 +144,7 @@ class Stem(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[Tensor, Windows]:
         """``(T, C)`` with NaN where missing, ``(T, 1)`` and ``(T,)`` int64, any order → ``(W, f)``."""
         steps, windows = self._gather(tokens, positions, series)
-        time, inside = steps.index[:, None].to(positions.dtype), steps.inside
-        numbers = filled(steps.numbers, steps.flags, time, steps.series[:, None])
-        own = ((numbers.double() - steps.mean) / steps.spread).to(numbers.dtype)
-        x = torch.cat((numbers, own, steps.flags), dim=1).T * inside
+        x, inside = steps.inputs.T * steps.inside, steps.inside
         runs = _runs(inside) if self.training else None
         for n, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             found = convolution(x[None])[0]
@@ -188,22 +180,20 @@ class Stem(nn.Module):
         inside = (steps >= first) & (steps <= last) & is_real[:, None]
 
         values = tokens[rows.order]
-        missing = values.isnan()
+        seen = (~values.isnan()).to(values.dtype)
+        values = values.masked_fill(values.isnan(), 0)
         at = observed[window] * self.window + rows.index - begin[window]
-        shape = n_all * self.window, values.shape[1]
-        counts = values.new_zeros(shape).index_add(0, at, (~missing).to(values.dtype))
-        values = values.masked_fill(missing, 0)
-        numbers = values.new_zeros(shape).index_add(0, at, values)
-        mean, spread = _moments(values, (~missing).to(values.dtype), rows.first)
-        of_step = rows.first[row].repeat_interleave(self.window)
+        blank = values.new_zeros(n_all * self.window, values.shape[1])
+        counts = blank.index_add(0, at, seen)
+        numbers, flags = blank.index_add(0, at, values), (counts > 0).to(values.dtype)
+        row = row.repeat_interleave(self.window)
+        time = steps.flatten()[:, None].to(positions.dtype)
+        numbers = filled(numbers / counts.clamp(min=1), flags, time, rows.series[row][:, None])
+        mean, spread = (moment[rows.first[row]] for moment in _moments(values, seen, rows.first))
+        own = ((numbers.double() - mean) / spread).to(values.dtype)
         middle = begin - rows.index[rows.first[head]] + (self.window - 1) / 2
         return _Steps(
-            numbers=numbers / counts.clamp(min=1),
-            flags=(counts > 0).to(values.dtype),
-            mean=mean[of_step],
-            spread=spread[of_step],
-            series=rows.series[row].repeat_interleave(self.window),
-            index=steps.flatten(),
+            inputs=torch.cat((numbers, own, flags), dim=1),
             inside=inside.flatten().to(values.dtype),
             observed=observed,
         ), Windows(

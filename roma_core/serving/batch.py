@@ -73,7 +73,7 @@ def read_chunks(
     elif file.endswith(".parquet"):
         yield from _parquet_chunks(file, package, wanted)
     elif file.endswith(".jsonl"):
-        with Path(file).open(encoding="utf-8") as lines:
+        with Path(file).open(encoding="utf-8-sig") as lines:
             for k in count():
                 if not (part := list(islice(lines, SERIES_PER_PART))):
                     return

@@ -196,15 +196,6 @@ def _scales(package: Package, schema: DataSchema, answer: Mapping[str, Any]) -> 
     return scales
 
 
-def verify_package(folder: Path) -> str:
-    """Check every file and the golden rows; return the sha256 of ``MANIFEST.json``.
-
-    Raises PackageError if it is damaged, or computes other outputs on this computer.
-    """
-    pyfunc_model.open_package(folder)
-    return sha256_of(folder / pyfunc_model.MANIFEST)
-
-
 class SmokeTest(Frozen):
     """Measurements of a package that its own code alone loaded in a new process."""
 

@@ -60,6 +60,9 @@ class ModelVersion:
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of a server, or of a local store, for both tracking and registry."""
+    file = tracking_uri.removeprefix("sqlite:///")
+    if file != tracking_uri and not Path(file).exists():  # MLflow would make an empty one
+        raise FetchError(f"there is no MLflow store {file}; correct --tracking-uri")
     set_mlflow_defaults()
     from mlflow import MlflowClient
 

@@ -189,7 +189,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Every process waits until the last checkpoint is committed."""
         self._finish()
-        self.group.barrier()
+        self.group.gather(None)
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None

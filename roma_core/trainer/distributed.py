@@ -118,10 +118,6 @@ class HostGroup:
             raise error or ValueError(messages[0])
         return [result for result, _ in gathered]
 
-    def barrier(self) -> None:
-        """Wait until every process has called this."""
-        self.gather(None)
-
 
 @torch.no_grad()
 def overwrite_from_main(tensors: list[Tensor]) -> None:

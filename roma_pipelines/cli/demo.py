@@ -214,7 +214,7 @@ def _materialise(
     for evaluation in result.get_asset_check_evaluations():
         if not evaluation.passed:
             facts = "; ".join(f"{k}: {v.value}" for k, v in evaluation.metadata.items())
-            lines.append(f"check {evaluation.check_name} failed: {facts}")
+            lines.append(f"check {evaluation.check_name} failed: {evaluation.description or facts}")
     lines = lines or ["the run failed; see the messages above"]
     raise click.ClickException(
         "\n".join([*lines, "once that is mended, the same command continues"])

@@ -134,6 +134,10 @@ def test_predict_gives_the_probabilities_of_the_report(runs):
     table = PredictionTable.load(root / "eval/outputs/predictions.parquet")
     served = np.array([[dict(row["probabilities"])[c] for c in table.classes] for row in rows])
     assert [row["id"] for row in rows] == table.ids
+    every = len(StoredDataset(data))
+    assert f"{every} series classified" in roma(
+        *command[:-1], root / "all.parquet", "--split", "all"
+    )
     assert [row["label"] for row in rows] == [table.classes[k] for k in table.predicted]
     np.testing.assert_allclose(served, table.probabilities, atol=1e-5)
     exported, again = root / "new" / "test.parquet", root / "again.parquet"
@@ -206,7 +210,8 @@ def test_predict_reads_ragged_rows_and_names_what_is_wrong(runs):
     channels = [c["name"] for c in read_json(data / "manifest.json")["data_schema"]["channels"]]
     good = {"positions": {"step": [0, 1, 3]}, "values": {c: [0.1, 0.2, 0.3] for c in channels}}
     short = {"positions": {"step": [5]}, "values": {c: [0.1] for c in channels}}
-    (root / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(short) + "\n")
+    rows = json.dumps(good) + "\n" + json.dumps(short) + "\n"
+    (root / "rows.jsonl").write_text(rows, encoding="utf-8-sig")  # as some editors of Windows do
     package = root / "eval/outputs/package"
     assert "2 series" in roma(
         "predict", "--model", package, root / "rows.jsonl", root / "o.parquet"
@@ -253,6 +258,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
     for output, reason in (("s3://bucket/out/", "is no local path"), (tmp_path, "is a folder")):
         said = roma("predict", "--model", tmp_path / "none", source, output, ok=False)
         assert reason in " ".join(said.replace("\u2502", " ").split())
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("ROMA_MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "in.jsonl").touch()
+    arguments = "--model", "models:/w@champion", tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    said = " ".join(roma("predict", *arguments, ok=False).replace("\u2502", " ").split())
+    assert f"there is no MLflow store {tmp_path}/mlflow/mlflow.db; correct --tracking-uri" in said
+    assert not (tmp_path / "mlflow").exists()
 
 
 def test_show_config_names_the_source_of_each_setting(runs):

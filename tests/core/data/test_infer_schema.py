@@ -102,6 +102,11 @@ def test_arrays_and_pictures(tmp_path):
     assert len(inferred.config["axes"]) == 1
     inferred = infer_source([pictures], ColumnRoles())
     assert (inferred.config["patch"], inferred.config["colours"]) == (2, "grey")
+    for path, roles in ((arrays, {"group": "g"}), (pictures, {"label": "x"})):
+        with pytest.raises(
+            DataError, match=f"{path.name} has no columns, so leave out the options"
+        ):
+            infer_source([path], ColumnRoles(**roles))
 
 
 @pytest.mark.parametrize(

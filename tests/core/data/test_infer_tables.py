@@ -228,6 +228,29 @@ def test_what_cannot_be_known_is_an_error(tmp_path, change, options, message):
         list(source_config(inferred.config).open(tmp_path).read())
 
 
+def test_a_clock_beside_whole_days_is_not_left_out_without_a_word(tmp_path):
+    days = pd.to_datetime("2024-01-01") + pd.to_timedelta(np.arange(200) // 20, "D")
+    clock = [f"{k % 20:02d}:30:00" for k in range(200)]
+    table = pd.DataFrame({"id": np.arange(200) // 100, "date": days.date, "clock": clock})
+    table.assign(x=np.arange(200) % 7 / 3).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(DataError, match="'clock' holds times of day and 'date' dates; join them"):
+        infer_source([tmp_path / "a.csv"], ColumnRoles())
+    assert infer_source([tmp_path / "a.csv"], ColumnRoles(time="date")).config["kind"] == "table"
+
+    whole = days + pd.to_timedelta(np.arange(200) % 20, "h")  # the clock is something else
+    table.assign(date=whole, x=np.arange(200) % 7 / 3).to_csv(tmp_path / "b.csv", index=False)
+    assert infer_source([tmp_path / "b.csv"], ColumnRoles()).config["kind"] == "table"
+
+
+def test_a_target_with_one_other_cell_is_pointed_out(tmp_path):
+    series, time = np.divmod(np.arange(30 * 10), 10)
+    table = pd.DataFrame({"id": series, "time": time, "x": np.sin(time + series), "y": series / 30})
+    table.loc[42, "y"] = 99
+    table.to_csv(tmp_path / "a.csv", index=False)
+    inferred = infer_source([tmp_path / "a.csv"], ColumnRoles(targets=("y",)))
+    assert [line for line in inferred.warnings if line.startswith("y changes within 1 of 30 obj")]
+
+
 @pytest.mark.parametrize(
     ("has_objects", "target", "level"),
     [(False, "age", "series"), (True, "age", "series"), (False, "lactate", "observation")],

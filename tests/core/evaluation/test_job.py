@@ -20,7 +20,7 @@ from roma_core.evaluation.drift import reference_profile
 from roma_core.evaluation.metrics import r2_samples
 from roma_core.evaluation.packaging import write_package
 from roma_core.evaluation.predictions import ReconstructionTable, RegressionTable
-from roma_core.files import read_json, write_json
+from roma_core.files import read_json, sha256_of, write_json
 from roma_core.model import (
     EncoderConfig,
     RoMAForClassification,
@@ -28,7 +28,7 @@ from roma_core.model import (
     RoMAForPreTraining,
     RoMAForPreTrainingConfig,
 )
-from roma_core.serving.package import MAX_LENGTH, verify_package
+from roma_core.serving.package import MAX_LENGTH
 from roma_core.serving.pyfunc_model import open_package
 from roma_core.trainer.job import data_fields
 from tests import forked
@@ -132,7 +132,7 @@ def test_a_pretraining_is_judged_by_one_command(trained, two_threads, monkeypatc
     assert result["metrics"]["mse"] == value["mse"]
     checks = read_json(out / "outputs" / "serving_checks.json")
     assert checks["serving_difference"] < 1e-4 and checks["smoke_test"]["golden_difference"] < 1e-4
-    assert result["facts"]["manifest_sha256"] == verify_package(out / "outputs" / "package")
+    assert result["facts"]["manifest_sha256"] == sha256_of(out / "outputs/package/MANIFEST.json")
     card = (out / "outputs" / "package" / "MODEL_CARD.md").read_text()
     assert "(`queries`)" in card and "| R² of straight lines |" in card
     assert all((out / place).exists() for place in result["outputs"].values())

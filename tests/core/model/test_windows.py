@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,15 +143,16 @@ def test_steps_between_observations_are_there_and_those_of_long_gaps_are_not():
     assert windows.of_row.tolist() == [0, 0, 0, 1, 2, 2]
     assert steps.observed.tolist() == [0, 2, 5]  # 1 fills a gap, 3 and 4 are blank
     assert steps.inside.tolist() == [1] * 12 + [0] * 8 + [1] * 3 + [0] * 9
-    assert steps.index[steps.inside > 0].tolist() == [*range(12), *range(80, 83)]
-    assert steps.flags[:, 0].nonzero().flatten().tolist() == [0, 1, 3, 10, 20]
+    assert steps.inputs[:, 2].nonzero().flatten().tolist() == [0, 1, 3, 10, 20]
+    expected = np.interp([*range(12), *range(80, 83)], index[:5], tokens[:5, 0])
+    torch.testing.assert_close(steps.inputs[steps.inside > 0, 0].double(), torch.tensor(expected))
 
 
 def test_two_observations_in_one_step_count_by_their_mean():
     config = classifier(**WITH_GAPS | {"n_channels": 1}).config
     tokens, time = torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [2.04]])
     steps, _ = Stem(config)._gather(tokens, time, torch.zeros(2, dtype=torch.int64))
-    assert steps.numbers[:, 0].tolist()[:4] == [2, 0, 0, 0]
+    assert steps.inputs[0].tolist() == [2, 0, 1]
 
 
 def test_random_masks_hide_whole_windows_and_one_of_each_series_in_part():

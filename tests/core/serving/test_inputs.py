@@ -27,7 +27,7 @@ from roma_core.schema import Channel, Covariate, PositionAxis
 from roma_core.serving import pyfunc_model
 from roma_core.serving.batch import read_chunks, score
 from roma_core.serving.client import ServedModel, ServerError
-from roma_core.serving.package import build_package, json_schema, verify_package
+from roma_core.serving.package import build_package, json_schema
 from roma_core.serving.pyfunc_model import InvalidSeries, Series, _category, open_package
 from roma_core.sources.base import RawSeries
 from roma_core.trainer.config import TrainerConfig
@@ -72,7 +72,6 @@ def packaged(folder, model, program, schema, golden, **options):
     golden = [Series(**row) for row in golden]
     document = model.config_document()
     build_package(package, program, weights, document, schema, golden, {}, name="w", **options)
-    verify_package(package)
     return open_package(package)
 
 
