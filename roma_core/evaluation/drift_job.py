@@ -110,7 +110,10 @@ def _observed(package: Any, row: Row) -> Row | None:
     """
     keys = [("positions", one["name"]) for one in package.axes]
     keys += [("values", one["name"]) for one in package.channels]
-    columns = [[_usable(entry) for entry in row[part].get(name) or []] for part, name in keys]
+    columns = [
+        [x if isinstance(x, str) or (x is not None and np.isfinite(x)) else None for x in entries]
+        for entries in (row[part].get(name) or [] for part, name in keys)
+    ]
     if len({len(column) for column in columns}) != 1:
         raise ValueError(f"series {row['id']!r}: its lists differ in length, or one is missing")
     n_axes = len(package.axes)
@@ -124,8 +127,3 @@ def _observed(package: Any, row: Row) -> Row | None:
     for (part, name), column in zip(keys, zip(*kept, strict=True), strict=bool(kept)):
         found[part][name] = list(column)
     return row | found if kept else None
-
-
-def _usable(entry: Any) -> Any:
-    """The entry, or None if it is no finite number; text stays."""
-    return entry if isinstance(entry, str) or (entry is not None and np.isfinite(entry)) else None

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from roma_core.evaluation.classification_metrics import ClassificationMetrics
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
@@ -36,6 +36,13 @@ class Plot(Frozen):
     png: bytes = Field(repr=False)
     svg: str = Field("", repr=False)  # shown in its place, if not empty; trusted
     wide: bool = False  # takes the full width of the page
+
+    @field_validator("png")
+    @classmethod
+    def _is_png(cls, png: bytes) -> bytes:
+        if not png.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise ValueError(f"expected the bytes of a PNG file, got {png[:8]!r}…")
+        return png
 
 
 FIGURES = {

@@ -91,13 +91,6 @@ def _runs(inside: Tensor) -> list[int]:
     return [0] * int(kinds[0].item()) + counts.tolist()
 
 
-def _between(x: Tensor, runs: list[int]) -> Tensor:
-    """Put the ``(f, n)`` columns of the odd ``runs`` into place, and zeros into the even ones."""
-    parts = [x.new_zeros(x.shape[0], size) for size in runs]
-    parts[1::2] = x.split(runs[1::2], 1)
-    return torch.cat(parts, 1)
-
-
 class BatchNorm(nn.Module):
     """Batch normalisation of ``(f, S)`` steps; sums are in float32 whatever the steps' type."""
 
@@ -151,7 +144,10 @@ class Stem(nn.Module):
             if runs is None:
                 found = F.silu(norm(found)) * inside
             else:  # statistics are those of the steps inside, which are moved together
-                found = _between(F.silu(norm(torch.cat(found.split(runs, 1)[1::2], 1))), runs)
+                found = F.silu(norm(torch.cat(found.split(runs, 1)[1::2], 1)))
+                parts = [found.new_zeros(found.shape[0], size) for size in runs]
+                parts[1::2] = found.split(runs[1::2], 1)
+                found = torch.cat(parts, 1)
             found = found.to(tokens.dtype)  # under autocast the sum over layers stays in 32 bits
             x = x + found if n else found
         features = x.unflatten(1, (-1, self.window)).mean(2).T

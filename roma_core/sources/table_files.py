@@ -171,7 +171,12 @@ class TableFile:
         self._types: dict[str, str] = {}
         self._is_csv = self.path.suffix.lower() != ".parquet"
         with read_errors([self]):
-            self._open_csv() if self._is_csv else self._open_parquet()
+            if self._is_csv:
+                self._encoding, self._n_above, self._separator, names = _csv_form(self.path)
+                self.names, self._n_own = [*names], len(names)
+                self._types = dict.fromkeys(names, "VARCHAR")
+            else:
+                self._open_parquet()
             self._hive = [name for name in _hive_columns(self.path) if name not in self.names]
             self.names = [*self.names, *self._hive]
             self._types = dict.fromkeys((*self._hive, FILE_NAME), "VARCHAR") | self._types
@@ -193,12 +198,6 @@ class TableFile:
             if pa.types.is_duration(inner):  # a whole number to DuckDB
                 type_ = f"DURATION_{inner.unit}" + "[]" * (inner != field.type)
             self._types[field.name] = type_
-
-    def _open_csv(self) -> None:
-        self._encoding, self._n_above, self._separator, names = _csv_form(self.path)
-        self.names = [*names]
-        self._n_own = len(names)
-        self._types = dict.fromkeys(names, "VARCHAR")
 
     def _find_kinds(self) -> None:
         """Set ``kinds``, those of text by its first cells."""
