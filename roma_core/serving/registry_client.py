@@ -60,8 +60,8 @@ class ModelVersion:
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of a server, or of a local store, for both tracking and registry."""
-    file = tracking_uri.removeprefix("sqlite:///")
-    if file != tracking_uri and not Path(file).exists():  # MLflow would make an empty one
+    file = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
+    if tracking_uri.startswith("sqlite:///") and not file.exists():  # MLflow would make it
         raise FetchError(f"there is no MLflow store {file}; correct --tracking-uri")
     set_mlflow_defaults()
     from mlflow import MlflowClient
