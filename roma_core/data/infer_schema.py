@@ -50,7 +50,7 @@ def infer_source(
         return TableInference(tables, roles, objects).infer()
     if (paths[0].is_dir() or endings & {".ts", ".npz"}) and roles != ColumnRoles():
         raise DataError(
-            f"{paths[0]} has no columns, so leave out the options that name some; an .npz file has arrays "
+            f"{paths[0]} has no columns, so leave out the options about them; an .npz file has arrays "
             f"values, positions, labels, targets, groups and splits, a folder a sub-folder per class"
         )
     if paths[0].is_dir() and len(paths) == 1:

@@ -259,7 +259,7 @@ class TableInference:
             )
         here = [n for n in self.targets if self.objects is None or n not in self.object_rows.names]
         moving = {n for n, found in self.contents.items() if found.n_varying}
-        for name in (name for name in here if name in moving):
+        for name in [n for n in here if n in moving]:
             if 20 * (found := self.contents[name]).n_varying <= found.n_repeated:
                 self.warnings.append(
                     f"{name} changes within {found.n_varying} of {found.n_repeated:,} objects, so it is predicted "

@@ -71,7 +71,7 @@ def load_weights(
         if weights[key].shape != wanted[key].shape:
             raise ValueError(
                 f"{folder}: {key} has shape {tuple(weights[key].shape)}, the configuration beside it asks for "
-                f"{tuple(wanted[key].shape)}; the two files do not belong together, or another version wrote them: train anew"
+                f"{tuple(wanted[key].shape)}; they are of two models or two versions; train again"
             )
     if lost := sorted(wanted.keys() - kept - weights.keys()):
         raise ValueError(

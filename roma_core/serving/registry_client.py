@@ -59,7 +59,7 @@ class ModelVersion:
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of a server, or of a local store, for both tracking and registry."""
+    """A client of a server or a local store, for tracking and registry; FetchError if it has no file."""
     file = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
     if tracking_uri.startswith("sqlite:///") and not file.exists():  # MLflow would make it
         raise FetchError(f"there is no MLflow store {file}; correct --tracking-uri")

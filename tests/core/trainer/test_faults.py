@@ -103,7 +103,7 @@ def test_a_stop_while_waiting_for_loader_processes_is_heard(tmp_path):
         time.sleep(0.01)
     time.sleep(1.5)
     started.send(signal.SIGTERM)
-    assert "asked to stop (SIGTERM); saved at step 0" in started.end()  # before the loader gives up
+    assert "asked to stop (SIGTERM); saved at step 0" in started.end(20)  # the loader waits longer
     assert started.exit_codes == [0]
 
 

@@ -23,6 +23,7 @@ def test_ticks_take_less_than_a_tenth_of_a_second_and_keep_no_memory(
         print(f"{name}: median {median:.1f} ms, slowest {slowest:.1f} ms, CPU {cpu:.1f} ms")
     print(f"{grown:+.1f} MB")
     assert len(ticks) == 7
-    # of CPU: other programs run here, too
+    # of CPU, as other programs run here, too; the wall time shows a tick that waits for something
     assert max(cpu for _, _, cpu in ticks.values()) < within(MEDIAN_MS)
+    assert max(median for median, _, _ in ticks.values()) < within(2 * MEDIAN_MS)
     assert n_ticks < 10_000 or grown < MOST_MB
