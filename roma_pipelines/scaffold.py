@@ -266,10 +266,16 @@ def _warnings(statistics: SourceStatistics) -> list[str]:
             f"classes with fewer than {_FEW} objects: {', '.join(rare[:8])}; their metrics will be "
             f"unreliable"
         )
-    repairs = statistics.repairs
-    if repairs and repairs.observations_not_finite > 0.2 * statistics.n_observations:
+    repairs, most = statistics.repairs, 0.2 * statistics.n_observations
+    if repairs and repairs.observations_not_finite > most:
         found.append(
             "more than a fifth of the observations have no time, or an infinite number, and are dropped"
+        )
+    if repairs and repairs.duplicate_observations > most:
+        n = repairs.duplicate_observations
+        found.append(
+            f"{n / (n + statistics.n_observations):.0%} of the rows are at the position of another of their "
+            f"object, and are averaged: is a column that tells them apart missing (--object, --axis, --quantity)?"
         )
     return found
 

@@ -301,7 +301,7 @@ def suggest_options(
     if (found := statistics.repairs) is not None:
         n_not_finite = found.observations_not_finite + found.series_without_targets
         for name, setting, count, what in (
-            ("not_finite", "drop", n_not_finite, "not finite"),
+            ("not_finite", "drop", n_not_finite, "with an infinite number, or no time or target"),
             ("duplicates", "mean", found.duplicate_observations, "at the position of another"),
             ("empty", "drop", found.empty_series_dropped, "series without values"),
         ):

@@ -41,6 +41,7 @@ _MISSING_WORDS = {  # besides those of ``TableFile``, in lower case
 _TIME_WORD = re.compile(
     r"(^|[\W_])(time|date|datetime|timestamp|mjd|[jbh]jd|jd|hours?|days?|minutes?|seconds?)([\W_]|$)"
 )
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 _MAX_CATEGORIES = 64
 _MIN_OBJECTS = 10  # or a tenth of all, below which a quantity may be missing in train
 
@@ -477,12 +478,15 @@ class TableInference:
             f"SELECT count(*), count(*) FILTER (coalesce(t0, '') IN {self.rows.missing}) FROM ROWS"
         )
         ((n_rows, n_empty),) = self.rows.query(query, [name])
-        n_words = len(self.rows.words(name, _MAX_CATEGORIES + 1))
+        words = self.rows.words(name, _MAX_CATEGORIES + 1)
+        n_words, has_commas = len(words), all(map(_DECIMAL_COMMA.fullmatch, words))
         if name not in self.roles.axes and (n_words > _MAX_CATEGORIES or 2 * n_words > n_rows):
             self.unused[name] = ""
             self.warnings.append(
                 f"{name} holds {n_words} different words{' or more' * (n_words > _MAX_CATEGORIES)}, too many "
                 f"for an axis of categories: it is not used"
+                + "; write numbers with points, or separate the cells by semicolons"
+                * has_commas
             )
             return None
         axis = self._column(name) | {"categories": self._categories(name, self.rows)}

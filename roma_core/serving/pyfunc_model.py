@@ -247,7 +247,9 @@ def _entry(
         return float(one)
     where = "" if index is None else f" at index {index}"
     advice = "null where a value is missing"
-    if not missing:
+    if isinstance(given, str):
+        advice = "a date as a number since 1970 in UTC, in the unit of the axis"
+    elif not missing:
         advice = "leave out what has no position"
     raise ValueError(
         f"{shortened(name)} must hold finite numbers, got {shortened(given)}{where}; {advice}"
@@ -324,6 +326,12 @@ class Package:
         }
         self.units_required: bool = package["units_required"]
         self.grid_step: float | None = package.get("grid_step")  # in the unit of the first axis
+        profile = folder / "profile.json"
+        known = _read(profile).get("quantities", {}) if profile.is_file() else {}
+        ranges = [known.get(f"value.{one['name']}") for one in self.channels]
+        ends = [(x["quantiles"][0], x["quantiles"][-1]) if x else (-np.inf, np.inf) for x in ranges]
+        self._ranges = np.array(ends, np.float64).T  # least and largest training value of a channel
+        self._out_of_range: set[str] = set()  # channels of which a warning was given
         self.n_outputs: int = package["n_outputs"]
         targets = schema.get("targets", []) if self.kind == "regressor" else []
         self.targets: dict[str, str] = {one["name"]: one["unit"] for one in targets}
@@ -558,7 +566,9 @@ class Package:
         Raises PackageError if a row differs by more than its tolerance.
         """
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        answers = self.answers(row["series"] for row in rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of series that nobody asked about
+            answers = self.answers(row["series"] for row in rows)
         largest = 0.0
         for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             difference = difference_of(row[self.golden_field], answer, row.get("scale", {}))
@@ -632,6 +642,7 @@ class Package:
         values = np.stack([columns.get(c["name"], nothing) for c in self.channels], axis=1)
         positions = np.stack([columns[axis["name"]] for axis in self.axes], axis=1)
         series = np.repeat(np.arange(len(lengths)), lengths)
+        self._warn_of_values(values, series, names)
         if self.is_per_channel:
             rows, channels = np.nonzero(~np.isnan(values))
             positions = np.column_stack([positions[rows], channels])
@@ -658,6 +669,24 @@ class Package:
                 where = names[series[min(row, len(series) - 1)]]
                 raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
         return tokens, at, lengths
+
+    def _warn_of_values(
+        self, values: NDArray[np.float64], series: NDArray[np.int64], names: Sequence[str]
+    ) -> None:
+        """Warn, once of a channel, of series most of whose values are far from all training values."""
+        low, high = self._ranges
+        outside = (values < 2 * low - high) | (values > 2 * high - low)
+        for k in np.flatnonzero(outside.any(axis=0)).tolist():
+            n, known = (np.bincount(series, x[:, k]) for x in (outside, ~np.isnan(values)))
+            found, name = np.flatnonzero(n > known / 2).tolist(), self.channels[k]["name"]
+            if found and name not in self._out_of_range:
+                self._out_of_range.add(name)
+                example = values[outside[:, k] & (series == found[0]), k][0]
+                warnings.warn(
+                    f"{names[found[0]]}: most values of {name!r}, such as {example:.4g}, are far "
+                    f"from those this model learnt from, {low[k]:.4g} to {high[k]:.4g}; check their unit",
+                    stacklevel=2,
+                )
 
     def _warn_of_times(
         self, times: NDArray[np.float64], lengths: NDArray[np.int64], names: Sequence[str]

@@ -31,6 +31,8 @@ _MISSING = (  # cells of a CSV file's number columns that mean a missing number,
 )  # fmt: skip
 _DATES = ("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M:%S.%f")  # besides ISO
 _NUMBER_OR_DATE = re.compile(r"[-+.]?\d[-+.,:\d TZeE]*")
+_OFFSET = r":\d\d.*([zZ]|[-+]\d\d(:?\d\d)?)$"  # from UTC, after a time of day
+_DATE_SHARE = 0.9  # of the cells of a column of dates; the others are errors when they are read
 _SEPARATORS = ",;\t|"
 _HEADER_BYTES = 1 << 20
 _INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
@@ -202,29 +204,33 @@ class TableFile:
     def _find_kinds(self) -> None:
         """Set ``kinds``, those of text by its first cells."""
         self.kinds = {name: _kind(type_) for name, type_ in self._types.items()}
-        self._has_decimal_commas = False
+        self._has_decimal_commas, self._mixed = False, list[str]()
         texts = [name for name in self.names if self._types[name] == "VARCHAR"]
         if not texts:
             return
         missing = literal(self.missing_words)
         counts = [
             f"count(*) FILTER (trim({c}) NOT IN {missing}), count(TRY_CAST({c} AS DOUBLE)), "
-            f"count(TRY_CAST(replace({c}, ',', '.') AS DOUBLE)), count({_seconds(c)})"
+            f"count(TRY_CAST(replace({c}, ',', '.') AS DOUBLE)), count({_seconds(c)}), "
+            f"count({_seconds(c)}) FILTER (regexp_matches({c}, {literal(_OFFSET)}))"
             for c in map(self._column, texts)
         ]
         sample = f"SELECT * FROM {self._scan()} LIMIT 10000"
         (row,) = self._connection.execute(f"SELECT {', '.join(counts)} FROM ({sample})").fetchall()
-        found = [row[k : k + 4] for k in range(0, len(row), 4)]
+        found = [row[k : k + 5] for k in range(0, len(row), 5)]
         self._has_decimal_commas = (
             self._is_csv
             and self._separator != ","
-            and any(n_commas > max(n_points, n // 2) for n, n_points, n_commas, _ in found)
+            and any(n_commas > max(n_points, n // 2) for n, n_points, n_commas, *_ in found)
         )
-        for name, (n, n_points, n_commas, n_dates) in zip(texts, found, strict=True):
+        for name, (n, n_points, n_commas, n_dates, n_offsets) in zip(texts, found, strict=True):
             if name in self._hive:
                 continue
             is_number = (n_commas if self._has_decimal_commas else n_points) >= n
-            self.kinds[name] = "number" if is_number else "date" if n_dates >= n else "text"
+            is_date = n_dates >= _DATE_SHARE * n
+            self.kinds[name] = "number" if is_number else "date" if is_date else "text"
+            if 0 < n_offsets < n_dates:
+                self._mixed.append(name)
 
     def _scan(self) -> str:
         """The files with columns ``c0, c1, …``, those of folders last, and ``path``; CSV is text."""
@@ -368,6 +374,11 @@ class TableFile:
             raise DataError(
                 f"{where} dates, which cannot be given in {unit!r}; set its unit to one of "
                 f"{', '.join(names.split()[0] for _, names in _UNITS)}"
+            )
+        if kind == "date" and name in self._mixed:
+            raise DataError(
+                f"{where} times with an offset from UTC and times without, which may be hours apart; "
+                f"give all of them one, or none"
             )
         is_text = type_ == "VARCHAR"
         if kind not in ("date", "number") and not (is_text if not strict else self._is_csv):

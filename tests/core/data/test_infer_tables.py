@@ -193,6 +193,9 @@ NIGHTS = {
 }
 
 
+DATES = [f"2024-03-{1 + k // 24:02d}T{k % 24:02d}:00" for k in range(200)]
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -218,6 +221,21 @@ NIGHTS = {
         ),
         ({"flux": np.where(np.arange(200) % 3, np.arange(200.0), "<5")}, {}, "no column is left"),
         ({}, {"quantity": "passband", "channels": ("flux", "mjd")}, "which of flux, mjd is the"),
+        (
+            {"flux": [f"{k},25" for k in range(200)]},
+            {},
+            "no column is left.*numbers with points, or separate the cells by semicolons",
+        ),
+        (
+            {"mjd": DATES[:100] + [f"{d}Z" for d in DATES[100:]]},
+            {},
+            "'mjd' holds times with an off",
+        ),
+        (
+            {"mjd": [*DATES[:42], "2024-02-30T00:00", *DATES[43:]]},
+            {},
+            "column 'mjd' holds '2024-02-30T00:00' in row 43, expected dates",
+        ),
     ],
 )
 def test_what_cannot_be_known_is_an_error(tmp_path, change, options, message):

@@ -21,7 +21,7 @@ from roma_core import (
 )
 from roma_core.data import StoredDataset
 from roma_core.data.store import raw_series
-from roma_core.evaluation.drift import _number
+from roma_core.evaluation.drift import _number, reference_profile
 from roma_core.evaluation.reconstruction import mask_as_trained, reconstruct, requests
 from roma_core.schema import Channel, Covariate, PositionAxis
 from roma_core.serving import pyfunc_model
@@ -87,7 +87,9 @@ def served(request, tmp_path_factory):
     fields = {"encoder_config": STACK, "dim_output": 2} | data_fields(dataset.schema)
     model = RoMAForClassification(RoMAForClassificationConfig.from_values(fields)).eval()
     golden = raw_series(dataset.split("test"), [0, 1])
-    return dataset, model, packaged(folder, model, model.export(), dataset.schema, golden)
+    profile = reference_profile(dataset).model_dump(mode="json")
+    package = packaged(folder, model, model.export(), dataset.schema, golden, profile=profile)
+    return dataset, model, package
 
 
 @pytest.fixture(scope="module", params=["joint", "per_channel"])
@@ -421,6 +423,24 @@ def test_a_number_is_no_index_of_categories_that_are_called_by_numbers(names, en
         band |= {"unknown": True}
     index = len(names) if index is None else index
     assert _category(band, entry, "series 0") == _number(band, entry) == index
+
+
+def test_values_far_from_those_of_training_are_warned_of_once(served):
+    dataset, _, package = served
+    rows = list(raw_series(dataset.split("test"), [0, 1]))
+    beats = rows[1]["values"]["hr"]
+    few = [1e4, *beats[1:]]  # one outlier
+    per_second = [None if x is None else x / 60 for x in beats]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        package.predict([*rows, rows[1] | {"values": rows[1]["values"] | {"hr": few}}])
+    wrong = rows[1] | {"values": rows[1]["values"] | {"hr": per_second}}
+    message = r"^series 1 \(id 'p\d'\): most values of 'hr', such as 1\.\d+, are far from .* unit"
+    with pytest.warns(UserWarning, match=message):
+        package.predict([rows[0], wrong])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        package.predict([wrong])
 
 
 def test_times_between_the_steps_of_windows_are_warned_of(tmp_path):

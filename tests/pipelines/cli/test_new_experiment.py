@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from roma_core.data.infer_schema import source_statistics
+from roma_core.data.manifest import Repairs
 from roma_core.data.splits import SplitOptions, Splitter
 from roma_core.schema import Channel
 from roma_core.sources.base import RawSeries
@@ -258,6 +259,13 @@ def test_far_values_are_squeezed_and_ordinary_ones_are_not():
 def test_a_channel_that_is_a_fact_of_the_object_is_pointed_at():
     assert propose(statistics_of()).warnings == []
     assert "never changes within a series" in propose(statistics_of(constant=True)).warnings[0]
+
+
+def test_rows_that_are_averaged_are_pointed_at_if_they_are_many():
+    for n, told in ((100, []), (800, ["50% of the rows are at the position of another of their"])):
+        repairs = Repairs(duplicate_observations=n)
+        found = propose(dataclasses.replace(statistics_of(), repairs=repairs)).warnings
+        assert [line[: len(told[0])] for line in found] == told
 
 
 def test_small_data_get_many_passes_and_large_data_few():
