@@ -256,12 +256,7 @@ def json_schema(
     series["properties"] |= {
         "positions": _object(axes),
         "values": _object(numbers, [] if may_miss else None),
-        "observations": {
-            "type": "array",
-            "items": _object(one, list(axes)),
-            "minItems": 1,
-            "maxItems": max_length,
-        },
+        "observations": _list(_object(one, list(axes)), max_length),
         "covariates": _object({c.name: _covariate(c) for c in schema.covariates}, []),
         "units": _object({name: {"const": unit} for name, unit in schema.units.items()}, required)
         | {"description": "Checked; pure numbers may be left out."},
@@ -274,34 +269,21 @@ def json_schema(
         series["required"].append("queries")
         asked = {axis.name: _positions(axis, max_length) for axis in schema.axes}
         each = {name: column["items"] for name, column in asked.items()}
-        objects = {"type": "array", "items": _object(each, list(axes)), "minItems": 1}
-        series["properties"]["queries"] = {
-            "description": series["properties"]["queries"]["description"],
-            "oneOf": [_object(asked, list(axes)), objects | {"maxItems": max_length}],
-        }
+        forms = [_object(asked, list(axes)), _list(_object(each, list(axes)), max_length)]
+        description = series["properties"]["queries"]["description"]
+        series["properties"]["queries"] = {"description": description, "oneOf": forms}
     else:
         del series["properties"]["queries"]
     output = answer.model_json_schema()
+    lists: dict[str, Any] = {"type": "array", "items": {"type": ["number", "null"]}}
     if kind == "autoencoder":
-        predicted = {"type": "array", "items": {"type": ["number", "null"]}}
-        by_channel = _object(dict.fromkeys(numbers, predicted))
-        output["properties"] |= {
-            "mean": by_channel,
-            "std": {"anyOf": [by_channel, {"type": "null"}]},
-        }
+        each = _object(dict.fromkeys(numbers, lists))
+        output["properties"] |= {"mean": each, "std": {"anyOf": [each, {"type": "null"}]}}
     elif kind == "regressor":
-        lists = {"type": "array", "items": {"type": ["number", "null"]}}
-        one_each = _object(
-            {
-                t.name: (lists if per_observation else {"type": "number"}) | {"unit": t.unit}
-                for t in schema.targets
-            }
-        )
-        has_std = n_outputs > len(schema.targets)
-        output["properties"] |= {
-            "values": one_each,
-            "std": one_each if has_std else {"type": "null"},
-        }
+        number = lists if per_observation else {"type": "number"}
+        each = _object({t.name: number | {"unit": t.unit} for t in schema.targets})
+        std = each if n_outputs > len(schema.targets) else {"type": "null"}
+        output["properties"] |= {"values": each, "std": std}
     elif kind == "classifier":
         probability = {"type": "number", "minimum": 0, "maximum": 1}
         output["properties"]["label"]["enum"] = list(schema.classes)
@@ -326,24 +308,24 @@ def _object(properties: dict[str, Any], required: list[str] | None = None) -> di
     }
 
 
+def _list(items: dict[str, Any], max_length: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": max_length}
+
+
 def _numbers(unit: str, max_length: int, may_miss: bool = False) -> dict[str, Any]:
+    text = "One finite number per observation" + (
+        ", null where it is missing." if may_miss else "."
+    )
     kind = ["number", "null"] if may_miss else "number"
-    text = "One finite number per observation" + ", null where it is missing." * may_miss
-    limits = {"type": "array", "items": {"type": kind}, "minItems": 1, "maxItems": max_length}
-    return limits | {"description": text if may_miss else f"{text}.", "unit": unit}
+    return _list({"type": kind}, max_length) | {"description": text, "unit": unit}
 
 
 def _positions(axis: PositionAxis, max_length: int) -> dict[str, Any]:
     if not axis.categories:
         return _numbers(axis.unit, max_length)
     entry = {"type": "string"} if axis.unknown else {"enum": list(axis.categories)}
-    return {
-        "type": "array",
-        "items": entry,
-        "minItems": 1,
-        "maxItems": max_length,
-        "description": f"One of {', '.join(axis.categories)} per observation.",
-    }
+    text = f"One of {', '.join(axis.categories)} per observation."
+    return _list(entry, max_length) | {"description": text}
 
 
 def _covariate(covariate: Covariate) -> dict[str, Any]:
