@@ -220,7 +220,7 @@ class _Estimator(BaseEstimator):
             problem = "regression" if self._kind == "regressor" else "classification"
             model = model | {"problem_type": problem}
             metric, _, is_defined = validation_metric(dataset.path, problem)
-            if is_defined:
+            if is_defined and "best_metric" not in trainer:
                 trainer |= {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
         if not len(dataset.split("validation")):
             trainer.pop("final_weights", None)
@@ -313,8 +313,8 @@ class RoMAClassifier(_Scored, ClassifierMixin, _Estimator):
         model: fields of ``RoMAForPreTrainingConfig`` and ``RoMAForClassificationConfig`` in place of
             those chosen, such as ``{"encoder_config": {"depth": 6}, "mask_ratio": 0.5}``.
         trainer: fields of ``TrainerConfig`` of all trainings, such as ``{"epochs": 20}``.
-        validation_fraction: of the series, in [0, 1); with 1000 training series or more the weights
-            that were best on them are taken.
+        validation_fraction: of the series, in [0, 1); the weights that were best on them are taken,
+            but of fewer than 1000 series of windows.
         random_state: int, ``RandomState`` or None; one int gives one model on one computer.
         verbose: show progress bars on stderr.
 

@@ -260,7 +260,10 @@ class Search:
             # killed before the study had its end
             if job and (job.status == "failed" or (was_pruned and job.status == "cancelled")):
                 raise TuningError(str(job.records[-1].end and job.records[-1].end.reason))
-            experiment = self.plain.with_settings(**sections(self.plain, values))
+            # a file may choose weights by another metric, such as the loss
+            own = {"best_metric": self.metric, "best_metric_mode": "max"}
+            paths = {f"finetuning.trainer.{field}": value for field, value in own.items()}
+            experiment = self.plain.with_settings(**sections(self.plain, {**values, **paths}))
             weights = self._shared
             if weights is None and experiment.pretraining is not None:
                 weights = self._encoder(experiment, name)
@@ -375,7 +378,7 @@ class Search:
         else:
             reason = error.outcome.reason if isinstance(error, JobFailed) else str(error)
             if error is None:
-                reason = f"it logged no {self.metric}; remove finetuning.trainer.best_metric"
+                reason = f"it logged no {self.metric}"
             # the files of a job are named by its folder
             self._failures.append(reason.replace(str(folder.path), "…"))
             trial.set_user_attr("reason", reason)
