@@ -36,8 +36,6 @@ _MIN_SERIES_FOR_BEST = 1000
 _WINDOW = 8
 _MIN_STEPS_OF_GRID = 64  # of a series, from which windows take the place of single observations
 _MIN_FILL = 0.2  # observed share of these steps; convolutions compute the others, too
-_EMA_DECAY, _PATIENCE = 0.98, 20  # of few irregular series; evaluations
-_EVALUATIONS = 60
 _COMPLETE = 0.95  # observed share of numbers from which training series stay as they are
 
 
@@ -101,7 +99,7 @@ def default_settings(
     finetrainer, finetuning_steps, finetuning_reason = _trainer("finetuning", size, rate, at_once)
     if targets is None:
         finetrainer["label_smoothing"] = 0.05
-    if not is_few:
+    if not (is_few and is_dense):  # they learn for longer than a small validation split can say
         finetrainer["final_weights"] = "best"
         finetuning_reason += "; the weights are those that were best on validation"
     amount = f"{size.n_channels} channels" if is_wide else f"{size.n_series:,} training series"
@@ -119,20 +117,10 @@ def default_settings(
     }
     finetrainer["augment_drop_rate"] = 0.3
     if is_few and not is_dense:
-        finetrainer |= {
-            "augment_drop_rate": 0.5,
-            "augment_jitter_std": 0.2,
-            "ema_decay": _EMA_DECAY,
-        }
-        finetrainer |= {
-            "eval_every": max(10, finetuning_steps // _EVALUATIONS),
-            "best_metric": "eval/loss",
-        }
-        finetrainer |= {"final_weights": "best", "early_stopping_patience": _PATIENCE}
-        finetuning_reason += (
-            f"; few series are soon fitted by heart: training ends {_PATIENCE} evaluations after the least "
-            f"validation loss, whose averaged weights are taken"
-        )
+        finetrainer |= {"augment_drop_rate": 0.5, "augment_jitter_std": 0.2, "ema_decay": 0.98}
+        finetrainer |= {"best_metric": "eval/loss", "early_stopping_patience": 20}
+        finetrainer["eval_every"] = max(10, finetuning_steps // 60)
+        finetuning_reason += ", by the loss, for few series are soon fitted by heart"
     if is_dense:
         is_complete = size.grid_fill * size.observed >= _COMPLETE
         finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.5
