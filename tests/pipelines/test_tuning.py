@@ -269,7 +269,9 @@ def test_a_target_that_takes_no_jobs_ends_the_search_and_costs_no_trial(searched
 
 
 def test_the_asset_searches_without_the_test_split(storage, tmp_path, fast, monkeypatch):
-    assets = tiny.definitions(attributes(tmp_path, trials=2)).assets
+    given = attributes(tmp_path, trials=2) | {"primary_metric": "macro_f1"}
+    given["finetuning"]["trainer"] |= {"best_metric": "eval/loss"}  # which compares no trials
+    assets = tiny.definitions(given).assets
     clients = {**JOB_CLIENTS, "local": InThisProcess()}
 
     def materialize(name):
@@ -289,7 +291,7 @@ def test_the_asset_searches_without_the_test_split(storage, tmp_path, fast, monk
     assert splits == {"train", "validation"}
     assert Counter(job.spec.command[2] for job in jobs.values()) == {"pretrain": 1, "finetune": 2}
     logged = [
-        json.loads(line)["metrics"].get("eval/accuracy", 0)
+        json.loads(line)["metrics"].get("eval/macro_f1", 0)
         for job in jobs.values()
         for line in job.folder.metrics.read_text().splitlines()
     ]
@@ -301,7 +303,7 @@ def test_the_asset_searches_without_the_test_split(storage, tmp_path, fast, monk
     (outer,) = (run for run in runs if run.info.run_name == made["study"].value)
     inner = [run.data.tags.get("mlflow.parentRunId") for run in runs if run is not outer]
     assert inner == [outer.info.run_id] * 3
-    assert outer.data.metrics["best_eval/accuracy"] == made["best_value"].value
+    assert outer.data.metrics["best_eval/macro_f1"] == made["best_value"].value
 
 
 @pytest.mark.slow
