@@ -282,7 +282,7 @@ def test_small_data_get_many_passes_and_large_data_few():
     least = {"ema_decay", "early_stopping_patience", "best_metric"}
     assert least <= small.trainings["finetuning"]["trainer"].keys()
     assert least.isdisjoint(large.trainings["finetuning"]["trainer"])
-    dense = DatasetSize(n_series=40, n_observations=4_000, n_channels=1, grid_fill=1.0)
+    dense = DatasetSize(40, 4_000, n_channels=1, grid_fill=1.0)
     assert "final_weights" not in default_settings(dense).trainings["finetuning"]["trainer"]
     for sizes in (small, large):
         trainer = sizes.trainings["finetuning"]["trainer"]
