@@ -142,17 +142,12 @@ def _features(split: Subset, rows: range) -> Floats:
     in_order = x[by_value]
     quantiles = [in_order[starts + (q * (n - 1)).astype(int)] for q in QUANTILES]
     with np.errstate(invalid="ignore", divide="ignore"):
-        columns = [
-            n,
-            level,
-            np.sqrt(mean(dx**2)),
-            *quantiles,
-            x[starts],
-            x[ends],
-            mean(dx * dt) / mean(dt**2),
-            np.add.reduceat(changes, starts) / (n - 1),
+        columns = [n, level, np.sqrt(mean(dx**2)), *quantiles, x[starts], x[ends]]
+        columns += [mean(dx * dt) / mean(dt**2), np.add.reduceat(changes, starts) / (n - 1)]
+        longest = np.where(n > 1, np.maximum.reduceat(gaps, starts), np.nan)
+        columns += [
             (t[ends] - t[starts]) / (n - 1),
-            np.where(n > 1, np.maximum.reduceat(gaps, starts), np.nan),
+            longest,
             t[by_value][starts],
             t[by_value][ends],
         ]

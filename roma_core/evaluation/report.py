@@ -157,50 +157,25 @@ METRICS = {
         "accuracy": ("Accuracy", "fraction of series whose most probable class is the true one"),
         "balanced_accuracy": ("Balanced accuracy", "mean recall of the classes"),
         "macro_f1": ("Macro F1", "mean F1 of the classes"),
-        "auroc": (
-            "AUROC",
-            "area under the ROC curve of the second of two classes, or the mean of every class against "
-            "the rest; 0.5 is chance",
-        ),
-        "average_precision": (
-            "Average precision",
-            "area under the precision-recall curve of the same; the class's fraction is chance",
-        ),
+        "auroc": ("AUROC", "area under the ROC curve, mean over classes; 0.5 is chance"),
+        "average_precision": ("Average precision", "area under the precision-recall curve"),
         "log_loss": ("Log loss", "mean −ln p(true class); lower is better"),
         "brier": (
             "Brier score",
             "mean squared error of the probabilities, summed over more than two classes; lower is better",
         ),
-        "calibration_error": (
-            "Calibration error",
-            "mean |accuracy − confidence| over 15 bins of equal mass, top label; lower is better",
-        ),
+        "calibration_error": ("Calibration error", "mean |accuracy − confidence| of 15 bins"),
     },
     "regression": {
-        "r2": (
-            "R²",
-            "1 − squared error / variance, mean over targets: 1 is exact, 0 no better than their mean",
-        ),
-        "nrmse": (
-            "Normalised RMSE",
-            "root mean squared error, each target in its standard deviation in train",
-        ),
-        "coverage_95": (
-            "Coverage",
-            "fraction of values within 1.96 predicted deviations; ideally 0.95",
-        ),
-        "mse": (
-            "Mean squared error",
-            "per value: over all targets and their observations or series",
-        ),
+        "r2": ("R²", "1 − squared error / variance, mean over targets; 0 is that of their mean"),
+        "nrmse": ("Normalised RMSE", "in standard deviations of each target in train"),
+        "coverage_95": ("Coverage", "fraction within 1.96 predicted deviations; ideally 0.95"),
+        "mse": ("Mean squared error", "per value: over all targets and observations or series"),
         "rmse": ("Root mean squared error", "in the unit of the targets, if they share one"),
         "mae": ("Mean absolute error", "per value"),
     },
     "reconstruction": {
-        "r2": (
-            "R²",
-            "1 − squared error / that of the mean of train, over hidden values in normalised units",
-        ),
+        "r2": ("R²", "1 − squared error / that of the mean of train, of hidden, normalised values"),
         "linear_r2": ("R² of straight lines", "between the visible values of each channel"),
         "gain_r2": ("R² less that of straight lines", "paired: on the same hidden values"),
         "mse": ("Mean squared error", "per hidden value, against the observed values with noise"),

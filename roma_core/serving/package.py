@@ -135,33 +135,22 @@ def build_package(
         write_json(aside / "profile.json", dict(profile or {}))
         write_bytes(aside / "requirements.lock", ("\n".join(locked()) + "\n").encode())
         write_bytes(aside / "MODEL_CARD.md", card.encode())
-        write_json(
-            aside / "package.json",
-            {
-                "schema_version": pyfunc_model.SCHEMA_VERSION,
-                "name": name,
-                "kind": kind,
-                "n_outputs": n_outputs,
-                "per_observation": kind == "regressor" and schema.target_level == "observation",
-                "units_required": True,
-                # of windows, in the unit of the first axis
-                "grid_step": None if step is None else step * schema.axes[0].scale,
-                "max_length": max_length,
-                "max_batch_tokens": max_batch_tokens,
-                "torch": torch.__version__,
-                "facts": dict(facts),
-            },
-        )
-        package = pyfunc_model.Package(aside)
-        rows = [
-            {
-                "series": one.model_dump(),
-                package.golden_field: answer,
-                "tolerance": _TOLERANCE,
-                **({"scale": scales} if (scales := _scales(package, schema, answer)) else {}),
-            }
-            for one, answer in zip(golden, package.answers(golden), strict=True)
-        ]
+        of_observations = kind == "regressor" and schema.target_level == "observation"
+        about: dict[str, Any] = {
+            "schema_version": pyfunc_model.SCHEMA_VERSION,
+            "torch": torch.__version__,
+        }
+        about |= {"name": name, "kind": kind, "n_outputs": n_outputs, "facts": dict(facts)}
+        about |= {"per_observation": of_observations, "units_required": True}
+        about |= {"max_length": max_length, "max_batch_tokens": max_batch_tokens}
+        # of windows, in the unit of the first axis
+        about["grid_step"] = None if step is None else step * schema.axes[0].scale
+        write_json(aside / "package.json", about)
+        package, rows = pyfunc_model.Package(aside), []
+        for one, answer in zip(golden, package.answers(golden), strict=True):
+            row = {"series": one.model_dump(), package.golden_field: answer}
+            scales = _scales(package, schema, answer)
+            rows.append(row | {"tolerance": _TOLERANCE} | ({"scale": scales} if scales else {}))
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_bytes(aside / "golden.jsonl", text.encode())
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
