@@ -73,6 +73,7 @@ from roma_core.trainer.job import (
 
 Task = Literal["pretrain", "finetune"]
 _CONFIGS = RoMAForPreTrainingConfig, RoMAForClassificationConfig
+_OF_VALIDATION = ("final_weights", "early_stopping_patience")
 _FEW = 5  # series of a class that a stratified split needs
 _N_GOLDEN = 10
 _HIDDEN = 0.2  # fraction of the observations that the score of an imputer is of
@@ -223,7 +224,7 @@ class _Estimator(BaseEstimator):
             if is_defined and "best_metric" not in trainer:
                 trainer |= {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
         if not len(dataset.split("validation")):
-            trainer.pop("final_weights", None)
+            trainer = {n: x for n, x in trainer.items() if n not in _OF_VALIDATION}
         trainer |= self.trainer or {}
         trainer.setdefault("keep_best", int(trainer.get("final_weights") == "best"))
         # an unknown field goes to both configurations, which refuse it

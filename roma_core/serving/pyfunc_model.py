@@ -675,7 +675,7 @@ class Package:
     ) -> None:
         """Warn, once of a channel, of series most of whose values are far from all training values."""
         low, high = self._ranges
-        outside = (values < 2 * low - high) | (values > 2 * high - low)
+        outside = (values < 1.5 * low - 0.5 * high) | (values > 1.5 * high - 0.5 * low)
         for k in np.flatnonzero(outside.any(axis=0)).tolist():
             n, known = (np.bincount(series, x[:, k]) for x in (outside, ~np.isnan(values)))
             found, name = np.flatnonzero(n > known / 2).tolist(), self.channels[k]["name"]

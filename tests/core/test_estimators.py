@@ -191,6 +191,12 @@ def test_a_wrong_setting_is_an_error_before_anything_is_trained(changes, y, mess
         model.fit(X, labels if changes else y)
 
 
+def test_no_series_need_be_kept_for_validation():
+    X, labels = irregular()
+    model = RoMAClassifier(**TINY, pretrain=False, validation_fraction=0).fit(X, labels)
+    assert model.predict_proba(X).shape == (N, len(model.classes_))
+
+
 def test_fields_of_pretraining_ask_for_one_and_few_dense_series_alone_for_none(monkeypatch):
     begun = []
 
