@@ -271,8 +271,7 @@ def _warnings(statistics: SourceStatistics) -> list[str]:
         found.append(
             "more than a fifth of the observations have no time, or an infinite number, and are dropped"
         )
-    if repairs and repairs.duplicate_observations > most:
-        n = repairs.duplicate_observations
+    if repairs and (n := repairs.duplicate_observations) > most:
         found.append(
             f"{n / (n + statistics.n_observations):.0%} of the rows are at the position of another of their "
             f"object, and are averaged: is a column that tells them apart missing (--object, --axis, --quantity)?"

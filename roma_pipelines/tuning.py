@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 REPORT = "outputs/report.html"
+_BEST = "finetuning.trainer.best_metric"
 _FILE = "settings of the file"  # mark of the trial that has them
 _POLL_S, _CANCEL_WITHIN_S = 1.0, 120.0
 _SAME_FAILURES = 3  # one after the other, which end the search
@@ -261,9 +262,8 @@ class Search:
             if job and (job.status == "failed" or (was_pruned and job.status == "cancelled")):
                 raise TuningError(str(job.records[-1].end and job.records[-1].end.reason))
             # a file may choose weights by another metric, such as the loss
-            own = {"best_metric": self.metric, "best_metric_mode": "max"}
-            paths = {f"finetuning.trainer.{field}": value for field, value in own.items()}
-            experiment = self.plain.with_settings(**sections(self.plain, {**values, **paths}))
+            given = sections(self.plain, {**values, _BEST: self.metric, f"{_BEST}_mode": "max"})
+            experiment = self.plain.with_settings(**given)
             weights = self._shared
             if weights is None and experiment.pretraining is not None:
                 weights = self._encoder(experiment, name)

@@ -151,8 +151,7 @@ def build_package(
             row = {"series": one.model_dump(), package.golden_field: answer}
             scales = _scales(package, schema, answer)
             rows.append(row | {"tolerance": _TOLERANCE} | ({"scale": scales} if scales else {}))
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_bytes(aside / "golden.jsonl", text.encode())
+        write_bytes(aside / "golden.jsonl", "".join(json.dumps(x) + "\n" for x in rows).encode())
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         manifest = {"schema_version": pyfunc_model.SCHEMA_VERSION, "files": files}
         write_json(aside / pyfunc_model.MANIFEST, manifest)

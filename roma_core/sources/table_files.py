@@ -32,7 +32,6 @@ _MISSING = (  # cells of a CSV file's number columns that mean a missing number,
 _DATES = ("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M:%S.%f")  # besides ISO
 _NUMBER_OR_DATE = re.compile(r"[-+.]?\d[-+.,:\d TZeE]*")
 _OFFSET = r":\d\d.*([zZ]|[-+]\d\d(:?\d\d)?)$"  # from UTC, after a time of day
-_DATE_SHARE = 0.9  # of the cells of a column of dates; the others are errors when they are read
 _SEPARATORS = ",;\t|"
 _HEADER_BYTES = 1 << 20
 _INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
@@ -227,7 +226,7 @@ class TableFile:
             if name in self._hive:
                 continue
             is_number = (n_commas if self._has_decimal_commas else n_points) >= n
-            is_date = n_dates >= _DATE_SHARE * n
+            is_date = n_dates >= 0.9 * n  # the other cells are errors when they are read
             self.kinds[name] = "number" if is_number else "date" if is_date else "text"
             if 0 < n_offsets < n_dates:
                 self._mixed.append(name)
