@@ -225,7 +225,9 @@ class _Estimator(BaseEstimator):
                 trainer |= {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
         if not len(dataset.split("validation")):
             trainer = {n: x for n, x in trainer.items() if n not in _OF_VALIDATION}
-        trainer |= self.trainer or {}
+        comes_first = task == "pretrain" and self._kind != "autoencoder"
+        skipped = ("best_metric", "best_metric_mode") * comes_first  # which are of the other one
+        trainer |= {n: x for n, x in (self.trainer or {}).items() if n not in skipped}
         trainer.setdefault("keep_best", int(trainer.get("final_weights") == "best"))
         # an unknown field goes to both configurations, which refuse it
         given = {n: x for n, x in (self.model or {}).items() if n in own or n not in other}
@@ -313,7 +315,7 @@ class RoMAClassifier(_Scored, ClassifierMixin, _Estimator):
             ``model`` has no field of pretraining alone.
         model: fields of ``RoMAForPreTrainingConfig`` and ``RoMAForClassificationConfig`` in place of
             those chosen, such as ``{"encoder_config": {"depth": 6}, "mask_ratio": 0.5}``.
-        trainer: fields of ``TrainerConfig`` of all trainings, such as ``{"epochs": 20}``.
+        trainer: fields of ``TrainerConfig``, such as ``{"epochs": 20}``; pretraining has no ``best_metric``.
         validation_fraction: of the series, in [0, 1); the weights that were best on them are taken,
             but of fewer than 1000 series of windows.
         random_state: int, ``RandomState`` or None; one int gives one model on one computer.

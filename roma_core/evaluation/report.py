@@ -164,7 +164,7 @@ METRICS = {
             "Brier score",
             "mean squared error of the probabilities, summed over more than two classes; lower is better",
         ),
-        "calibration_error": ("Calibration error", "mean |accuracy − confidence| of 15 bins"),
+        "calibration_error": ("Calibration error", "mean |accuracy − confidence|; lower is better"),
     },
     "regression": {
         "r2": ("R²", "1 − squared error / variance, mean over targets; 0 is that of their mean"),

@@ -135,13 +135,10 @@ def build_package(
         write_json(aside / "profile.json", dict(profile or {}))
         write_bytes(aside / "requirements.lock", ("\n".join(locked()) + "\n").encode())
         write_bytes(aside / "MODEL_CARD.md", card.encode())
-        of_observations = kind == "regressor" and schema.target_level == "observation"
-        about: dict[str, Any] = {
-            "schema_version": pyfunc_model.SCHEMA_VERSION,
-            "torch": torch.__version__,
-        }
-        about |= {"name": name, "kind": kind, "n_outputs": n_outputs, "facts": dict(facts)}
-        about |= {"per_observation": of_observations, "units_required": True}
+        about: dict[str, Any] = {"torch": torch.__version__, "facts": dict(facts)}
+        about |= {"schema_version": pyfunc_model.SCHEMA_VERSION, "name": name, "kind": kind}
+        about |= {"n_outputs": n_outputs, "units_required": True}
+        about["per_observation"] = kind == "regressor" and schema.target_level == "observation"
         about |= {"max_length": max_length, "max_batch_tokens": max_batch_tokens}
         # of windows, in the unit of the first axis
         about["grid_step"] = None if step is None else step * schema.axes[0].scale

@@ -247,10 +247,10 @@ def _entry(
         return float(one)
     where = "" if index is None else f" at index {index}"
     advice = "null where a value is missing"
-    if isinstance(given, str):
-        advice = "a date as a number since 1970 in UTC, in the unit of the axis"
-    elif not missing:
+    if not missing:
         advice = "leave out what has no position"
+        if isinstance(given, str):
+            advice = "a date is a number since 1970 in UTC, in the unit of the axis"
     raise ValueError(
         f"{shortened(name)} must hold finite numbers, got {shortened(given)}{where}; {advice}"
     )

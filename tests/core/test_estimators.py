@@ -197,6 +197,13 @@ def test_no_series_need_be_kept_for_validation():
     assert model.predict_proba(X).shape == (N, len(model.classes_))
 
 
+def test_a_metric_of_labels_is_not_one_of_pretraining():
+    X, labels = irregular()
+    chosen = {"best_metric": "eval/macro_f1", "best_metric_mode": "max", "final_weights": "best"}
+    model = RoMAClassifier(**TINY | {"trainer": TINY["trainer"] | chosen}, pretrain=True)
+    assert model.fit(X, labels).score(X, labels) > 0
+
+
 def test_fields_of_pretraining_ask_for_one_and_few_dense_series_alone_for_none(monkeypatch):
     begun = []
 

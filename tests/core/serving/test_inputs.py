@@ -367,6 +367,10 @@ def test_arrays_nan_indices_and_channels_left_out_are_understood(served):
         ({"values": {"hr": ["high"]}}, "'hr' must hold finite numbers, got 'high' at index 0"),
         ({"values": {"temp": [1.0]}}, "values: unknown 'temp'; this model takes 'hr', 'k'"),
         ({"positions": {"hours": ["noon"], "ward": ["a"]}}, "'hours' must hold finite numbers"),
+        (
+            {"positions": {"hours": ["2024-03-01"], "ward": ["a"]}},
+            "; a date is a number since 1970",
+        ),
         ({"positions": {"hours": [0.0]}}, "positions: 'ward' is missing"),
         ({"observations": [{"hours": 1.0, "ward": "a"}]}, "or observations in place of both"),
     ],
