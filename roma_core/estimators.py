@@ -222,12 +222,14 @@ class _Estimator(BaseEstimator):
             model = model | {"problem_type": problem}
             metric, _, is_defined = validation_metric(dataset.path, problem)
             if is_defined and "best_metric" not in trainer:
-                trainer |= {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
+                trainer["best_metric"] = f"eval/{metric}"
         if not len(dataset.split("validation")):
             trainer = {n: x for n, x in trainer.items() if n not in _OF_VALIDATION}
         comes_first = task == "pretrain" and self._kind != "autoencoder"
         skipped = ("best_metric", "best_metric_mode") * comes_first  # which are of the other one
         trainer |= {n: x for n, x in (self.trainer or {}).items() if n not in skipped}
+        is_loss = trainer.get("best_metric", "eval/loss") == "eval/loss"
+        trainer.setdefault("best_metric_mode", "min" if is_loss else "max")
         trainer.setdefault("keep_best", int(trainer.get("final_weights") == "best"))
         # an unknown field goes to both configurations, which refuse it
         given = {n: x for n, x in (self.model or {}).items() if n in own or n not in other}

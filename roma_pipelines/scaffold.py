@@ -274,7 +274,7 @@ def _warnings(statistics: SourceStatistics) -> list[str]:
     if repairs and (n := repairs.duplicate_observations) > most:
         found.append(
             f"{n / (n + statistics.n_observations):.0%} of the rows are at the position of another of their "
-            f"object, and are averaged: is a column that tells them apart missing (--object, --axis, --quantity)?"
+            f"object, and merged by the mean: is a column that tells them apart missing (--object, --axis, --quantity)?"
         )
     return found
 
@@ -293,7 +293,7 @@ def _text(
     of_first = of_pretraining if "pretraining" in sizes.trainings else of_finetuning
     of_first[:0] = reasons.values()  # it has the fields of input and encoder
     resources = {"target": target, "nodes": 1, "processes_per_node": 1}
-    of_task = [f"of the gate, the best checkpoint and reports: {proposal.metric}"]
+    of_task = [f"of the gate and reports: {proposal.metric}"]
     is_regression = proposal.task == "regression"
     body = [
         _block({"name": name, "description": f"{_amount(found)}."}, []),

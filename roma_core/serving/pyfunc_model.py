@@ -328,9 +328,9 @@ class Package:
         self.grid_step: float | None = package.get("grid_step")  # in the unit of the first axis
         profile = folder / "profile.json"
         known = _read(profile).get("quantities", {}) if profile.is_file() else {}
-        ranges = [known.get(f"value.{one['name']}") for one in self.channels]
-        ends = [(x["quantiles"][0], x["quantiles"][-1]) if x else (-np.inf, np.inf) for x in ranges]
-        self._ranges = np.array(ends, np.float64).T  # least and largest training value of a channel
+        found = [known.get(f"value.{c['name']}", {}).get("quantiles", (0,)) for c in self.channels]
+        ends = [(x[0], x[-1]) if x[0] < x[-1] else (-np.inf, np.inf) for x in found]
+        self._ranges = np.array(ends, np.float64).T  # in training, of channels that change
         self._out_of_range: set[str] = set()  # channels of which a warning was given
         self.n_outputs: int = package["n_outputs"]
         targets = schema.get("targets", []) if self.kind == "regressor" else []

@@ -226,7 +226,7 @@ class TableFile:
             if name in self._hive:
                 continue
             is_number = (n_commas if self._has_decimal_commas else n_points) >= n
-            is_date = n_dates >= 0.9 * n  # the other cells are errors when they are read
+            is_date = n_dates >= 0.99 * n  # the other cells are errors when they are read
             self.kinds[name] = "number" if is_number else "date" if is_date else "text"
             if 0 < n_offsets < n_dates:
                 self._mixed.append(name)
@@ -374,7 +374,7 @@ class TableFile:
                 f"{where} dates, which cannot be given in {unit!r}; set its unit to one of "
                 f"{', '.join(names.split()[0] for _, names in _UNITS)}"
             )
-        if kind == "date" and name in self._mixed:
+        if strict and kind == "date" and name in self._mixed:
             raise DataError(
                 f"{where} times with an offset from UTC and times without, which may be hours apart; "
                 f"give all of them one, or none"

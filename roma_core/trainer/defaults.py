@@ -121,7 +121,6 @@ def default_settings(
         often = max(10, finetuning_steps // 40)  # the least loss may come early
         finetrainer |= {"augment_drop_rate": 0.5, "ema_decay": 0.98, "best_metric": "eval/loss"}
         finetrainer |= {"eval_every": often, "early_stopping_patience": 12}
-        # targets of observations may depend on single values
         finetrainer["augment_jitter_std"] = 0.0 if targets == "observation" else 0.1
         finetuning_reason += ", by the loss, for few series are soon fitted by heart"
     if is_dense:

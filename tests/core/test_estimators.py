@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,18 @@ def test_no_series_need_be_kept_for_validation():
     assert model.predict_proba(X).shape == (N, len(model.classes_))
 
 
+def test_a_channel_that_never_changed_is_not_far_from_training():
+    X, labels = irregular()
+    X = [np.column_stack([one, np.full(len(one), 0.1)]) for one in X]
+    model = RoMAClassifier(**TINY, pretrain=False).fit(X, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.predict(X)
+
+
 def test_a_metric_of_labels_is_not_one_of_pretraining():
     X, labels = irregular()
-    chosen = {"best_metric": "eval/macro_f1", "best_metric_mode": "max", "final_weights": "best"}
+    chosen = {"best_metric": "eval/macro_f1", "final_weights": "best"}
     model = RoMAClassifier(**TINY | {"trainer": TINY["trainer"] | chosen}, pretrain=True)
     assert model.fit(X, labels).score(X, labels) > 0
 

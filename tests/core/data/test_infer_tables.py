@@ -260,6 +260,16 @@ def test_a_clock_beside_whole_days_is_not_left_out_without_a_word(tmp_path):
     assert infer_source([tmp_path / "b.csv"], ColumnRoles()).config["kind"] == "table"
 
 
+def test_a_column_of_dates_that_is_not_used_may_hold_anything(tmp_path):
+    mixed = DATES[:100] + [f"{d}Z" for d in DATES[100:]]
+    batch = np.where(np.arange(200) % 20 == 0, "other", "2024-01-01")  # mostly dates, but words
+    table = pd.DataFrame({"id": np.arange(200) // 20, "time": np.arange(200) % 20, "seen": mixed})
+    table.assign(x=np.arange(200) % 7 / 3, batch=batch).to_csv(tmp_path / "a.csv", index=False)
+    inferred = infer_source([tmp_path / "a.csv"], ColumnRoles(axes=("batch",)))
+    series = list(source_config(inferred.config).open(tmp_path).read())
+    assert len(series) == 10 and series[0].positions[:2].tolist() == [[0, 1], [1, 0]]
+
+
 def test_a_target_with_one_other_cell_is_pointed_out(tmp_path):
     series, time = np.divmod(np.arange(30 * 10), 10)
     table = pd.DataFrame({"id": series, "time": time, "x": np.sin(time + series), "y": series / 30})

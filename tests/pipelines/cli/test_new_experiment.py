@@ -105,7 +105,7 @@ def test_what_is_printed_loads_as_an_experiment(waves, tmp_path):
     assert experiment.dataset.drop_rate == 0.3
     assert experiment.finetuning.trainer["epochs"] > 100  # 60 short series: many passes
     assert "published split: 60 train, 24 test" in done.stdout
-    assert "of the gate, the best checkpoint and reports: accuracy; the classes" in done.stdout
+    assert "of the gate and reports: accuracy; the classes" in done.stdout
     assert experiment.schedule is None
 
 
