@@ -225,8 +225,8 @@ class _Estimator(BaseEstimator):
                 trainer["best_metric"] = f"eval/{metric}"
         if not len(dataset.split("validation")):
             trainer = {n: x for n, x in trainer.items() if n not in _OF_VALIDATION}
-        comes_first = task == "pretrain" and self._kind != "autoencoder"
-        skipped = ("best_metric", "best_metric_mode") * comes_first  # which are of the other one
+        before_finetuning = task == "pretrain" and self._kind != "autoencoder"
+        skipped = ("best_metric", "best_metric_mode") * before_finetuning  # it logs the loss alone
         trainer |= {n: x for n, x in (self.trainer or {}).items() if n not in skipped}
         is_loss = trainer.get("best_metric", "eval/loss") == "eval/loss"
         trainer.setdefault("best_metric_mode", "min" if is_loss else "max")

@@ -33,7 +33,7 @@ _SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
 _MAX_TOKENS_PER_BATCH = {"pretraining": 4096, "finetuning": 2048}
 _MIN_TOKENS_PER_BATCH = 256
 _MIN_SERIES_FOR_BEST = 1000
-_FITTED_BY_HEART = 5000  # irregular series, fewer than which are; up to 2,000 were measured
+_EARLY_STOPPING_BELOW = 5000  # irregular series; up to 2,000 were measured
 _WINDOW = 8
 _MIN_STEPS_OF_GRID = 64  # of a series, from which windows take the place of single observations
 _MIN_FILL = 0.2  # observed share of these steps; convolutions compute the others, too
@@ -117,12 +117,12 @@ def default_settings(
         "neighbours": f"neighbours {neighbours}: {differences}",
     }
     finetrainer["augment_drop_rate"] = 0.3
-    if size.n_series < _FITTED_BY_HEART and not is_dense:
+    if size.n_series < _EARLY_STOPPING_BELOW and not is_dense:
         often = max(10, finetuning_steps // 40)  # the least loss may come early
         finetrainer |= {"augment_drop_rate": 0.5, "ema_decay": 0.98, "best_metric": "eval/loss"}
         finetrainer |= {"eval_every": often, "early_stopping_patience": 12}
         finetrainer["augment_jitter_std"] = 0.0 if targets == "observation" else 0.1
-        finetuning_reason += ", by the loss, for few series are soon fitted by heart"
+        finetuning_reason += ", by the loss, as few series are soon overfitted"
     if is_dense:
         is_complete = size.grid_fill * size.observed >= _COMPLETE
         finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.5

@@ -18,6 +18,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from roma_core import RoMAClassifier, RoMAImputer, RoMARegressor
 from roma_core.data import StoredDataset
 from roma_core.serving.pyfunc_model import open_package
+from roma_core.trainer.job import train
 from tests.core.hand_made import built, series
 
 STACK = {"d_model": 16, "nhead": 2, "depth": 1}
@@ -207,11 +208,19 @@ def test_a_channel_that_never_changed_is_not_far_from_training():
         model.predict(X)
 
 
-def test_a_metric_of_labels_is_not_one_of_pretraining():
+def test_a_metric_of_labels_is_not_one_of_pretraining_and_has_its_mode(monkeypatch):
     X, labels = irregular()
-    chosen = {"best_metric": "eval/macro_f1", "final_weights": "best"}
+    chosen, begun = {"best_metric": "eval/macro_f1", "final_weights": "best"}, []
+
+    def recorded(job, *more):
+        begun.append(json.loads(job.config.read_text())["trainer"])
+        return train(job, *more)
+
+    monkeypatch.setattr("roma_core.estimators.train", recorded)
     model = RoMAClassifier(**TINY | {"trainer": TINY["trainer"] | chosen}, pretrain=True)
     assert model.fit(X, labels).score(X, labels) > 0
+    modes = [(one["best_metric"], one["best_metric_mode"]) for one in begun]
+    assert modes == [("eval/loss", "min"), ("eval/macro_f1", "max")]
 
 
 def test_fields_of_pretraining_ask_for_one_and_few_dense_series_alone_for_none(monkeypatch):

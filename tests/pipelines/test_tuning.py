@@ -270,7 +270,8 @@ def test_a_target_that_takes_no_jobs_ends_the_search_and_costs_no_trial(searched
 
 def test_the_asset_searches_without_the_test_split(storage, tmp_path, fast, monkeypatch):
     given = attributes(tmp_path, trials=2) | {"primary_metric": "macro_f1"}
-    given["finetuning"]["trainer"] |= {"best_metric": "eval/loss"}  # which compares no trials
+    trainer = given["finetuning"]["trainer"] | {"best_metric": "eval/loss"}  # compares no trials
+    given["finetuning"] = given["finetuning"] | {"trainer": trainer}
     assets = tiny.definitions(given).assets
     clients = {**JOB_CLIENTS, "local": InThisProcess()}
 

@@ -278,7 +278,7 @@ def test_small_data_get_many_passes_and_large_data_few():
         < small.trainings["finetuning"]["trainer"]["epochs"]
     )
     assert large.trainings["pretraining"]["model"]["encoder_config"]["d_model"] > 64
-    # the loss of averaged weights says when few series are fitted by heart; windows learn for longer
+    # the loss of averaged weights says when few series are overfitted; windows learn for longer
     least = {"ema_decay", "early_stopping_patience", "best_metric"}
     assert least <= small.trainings["finetuning"]["trainer"].keys()
     assert least.isdisjoint(large.trainings["finetuning"]["trainer"])
